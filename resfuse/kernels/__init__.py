@@ -1,0 +1,1 @@
+"""Kernel sets behind one interface: `interface` has the contract, `dispatch` the choice."""

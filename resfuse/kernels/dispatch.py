@@ -1,0 +1,95 @@
+"""Which kernel set serves a call: primitive by primitive, with reasons.
+
+`auto` asks the sets in the order below and falls back, once per primitive and reason in the log and in the report;
+a named backend runs every primitive itself or raises `Unsupported` with every reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+from .interface import PRIMITIVES, Reason, Unsupported
+
+log = logging.getLogger("resfuse")
+
+ORDER = ("cpu", "eager")  # preferred first
+_fallbacks: dict[tuple[str, str, str], Reason] = {}
+
+
+def backends() -> tuple[str, ...]:
+    """Accepted values of `backend`."""
+    return ("auto", *ORDER)
+
+
+def kernel_set(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{name}")
+
+
+@cache
+def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
+    """One callable per primitive for a device type and storage dtype.
+
+    backend: "auto" or a kernel set's name. Raises Unsupported with every reason if the named set cannot serve
+    all primitives there.
+    """
+    if backend not in backends():
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(backends())}")
+    if backend != "auto":
+        reasons = missing(backend, device, dtype)
+        if reasons:
+            raise Unsupported(reasons)
+    order = ORDER if backend == "auto" else (backend,)
+    usable = []
+    for name in order:
+        reasons = kernel_set(name).unsupported(device, dtype)
+        if not reasons:
+            usable.append(name)
+    chosen = {primitive: [s for s in usable if primitive in kernel_set(s).PRIMITIVES] for primitive in PRIMITIVES}
+    log.info("kernels for %s %s: %s", device, dtype, {p: s[0] for p, s in chosen.items()})
+    return SimpleNamespace(
+        chosen={p: s[0] for p, s in chosen.items()}, **{p: _first_able(p, s) for p, s in chosen.items()}
+    )
+
+
+def missing(backend: str, device: str, dtype: torch.dtype) -> list[Reason]:
+    """Every reason why a kernel set alone cannot run a whole block on a device type in a storage dtype."""
+    chosen = kernel_set(backend)
+    lacks = [p for p in PRIMITIVES if p not in chosen.PRIMITIVES]
+    reasons = list(chosen.unsupported(device, dtype))
+    if lacks:
+        reasons.append(Reason("primitive_missing", f"kernel set {backend!r} has no {', '.join(lacks)}"))
+    return reasons
+
+
+def fallbacks() -> list[tuple[str, str, Reason]]:
+    """(primitive, kernel set, reason) of every refusal that sent a call to the next set, each once."""
+    return [(primitive, name, reason) for (primitive, name, _), reason in _fallbacks.items()]
+
+
+def _first_able(primitive: str, names: list[str]) -> Callable:
+    functions = [getattr(importlib.import_module(f"{__package__}.{n}.{primitive}"), primitive) for n in names]
+    if len(functions) == 1:
+        return functions[0]
+
+    def call(*args, **kwargs):
+        for name, function in zip(names[:-1], functions[:-1], strict=True):
+            try:
+                return function(*args, **kwargs)
+            except Unsupported as refusal:
+                _note(primitive, name, refusal.reasons)
+        return functions[-1](*args, **kwargs)
+
+    return call
+
+
+def _note(primitive: str, name: str, reasons: tuple[Reason, ...]) -> None:
+    for reason in reasons:
+        if (primitive, name, reason.code) not in _fallbacks:
+            _fallbacks[primitive, name, reason.code] = reason
+            log.info("%s: kernel set %s refused (%s: %s)", primitive, name, *reason)

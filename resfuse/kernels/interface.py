@@ -1,0 +1,261 @@
+"""The contract of every kernel set: operands, primitives, promises.
+
+A kernel set is a package with one module per primitive; each module defines a function of the same name. A set
+may lack primitives and may refuse operands by raising `Unsupported` before it has done anything; dispatch then
+asks the next set. Kernel sets know nothing of autograd, autocast or modules.
+
+Conventions
+    Activations and their gradients are 4-d tensors [N, C, H, W] whose memory is channels_last; read as a matrix
+    they have M = N*H*W rows of C channels. An operand that is only read may be a strided view (every s-th pixel):
+    a tensor's own strides are its geometry. Storage dtype: float64, float32, bfloat16 or float16; "wide" is the
+    accumulation dtype: float64 for float64 storage, float32 for the others. Per-channel vectors and statistics
+    are wide. Weights come in the storage dtype unless a primitive says otherwise.
+    Summation order is fixed: the same operands give the same bits (on a CPU for a given number of threads).
+    NaN and inf behave as in torch: ReLU keeps NaN, a masked-out gradient is 0 whatever it was.
+    A primitive never writes to its operands; `update_running` alone writes, to the buffers it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Reason(NamedTuple):
+    """Why a kernel set, a block or a call is not served: a stable code and a sentence."""
+
+    code: str
+    text: str
+
+
+class Unsupported(NotImplementedError):
+    """Raised by a primitive that cannot serve its operands, before anything has run."""
+
+    def __init__(self, reasons: Sequence[Reason]):
+        self.reasons = tuple(reasons)
+        super().__init__("; ".join(f"{r.code}: {r.text}" for r in self.reasons))
+
+
+# Operands ----------------------------------------------------------------------------------------------------
+
+
+class Norm(NamedTuple):
+    """The activation `act(scale * z + shift)`, rounded to z's dtype. z [N, C, H, W]; scale, shift wide [C]."""
+
+    z: Tensor
+    scale: Tensor
+    shift: Tensor
+    relu: bool = True
+
+
+class Second(NamedTuple):
+    """A second 1x1 convolution added to the first one's output: `scale * (x @ weight.T) + shift`, never stored.
+
+    x [N, C, H, W] (a strided view where the shortcut has a stride), weight [K, C] in storage dtype, scale and
+    shift wide [K].
+    """
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+class Masked(NamedTuple):
+    """The gradient `dout where mask else 0`. dout [N, K, H, W]; mask uint8 [M, ceil(K/8)], channel 8i+j is bit j."""
+
+    dout: Tensor
+    mask: Tensor
+
+
+class BNGrad(NamedTuple):
+    """BatchNorm's input gradient `scale * (dy - mean_dy - (z - mean) * slope)`, not yet computed.
+
+    slope = invstd^2 * mean(dy * (z - mean)); mean_dy and slope are 0 where the statistics are constants (frozen).
+    """
+
+    dy: Tensor
+    z: Tensor
+    mean: Tensor
+    scale: Tensor
+    mean_dy: Tensor
+    slope: Tensor
+
+
+class Strided(NamedTuple):
+    """A gradient known only at every stride-th pixel of its tensor (height, width); zero elsewhere."""
+
+    compact: Tensor
+    stride: tuple[int, int]
+
+
+Act = Tensor | Norm
+Grad = Tensor | Masked | BNGrad
+Residual = Tensor | Norm | Second | None
+Addend = Tensor | Masked | Strided | None
+
+
+class Geometry(NamedTuple):
+    """A convolution's geometry, each pair (height, width)."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+class Stats(NamedTuple):
+    """Batch statistics of M values a channel: mean and biased variance, wide [C]."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Affine(NamedTuple):
+    """BatchNorm as one affine map: scale = gamma * invstd, shift = beta - mean * scale; wide [C]."""
+
+    scale: Tensor
+    shift: Tensor
+    invstd: Tensor
+
+
+class BNContext(NamedTuple):
+    """What BatchNorm's backward needs of its forward, [C]; `batch` False where the statistics were constants."""
+
+    mean: Tensor
+    invstd: Tensor
+    gamma: Tensor | None
+    batch: bool
+
+
+class RunningUpdate(NamedTuple):
+    """One BatchNorm's pending update: statistics of `count` values a channel, its buffers and momentum.
+
+    momentum None takes the cumulative average, 1 / num_batches_tracked after its increment.
+    """
+
+    stats: Stats
+    count: int
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+
+
+# Primitives --------------------------------------------------------------------------------------------------
+
+
+class KernelSet(Protocol):
+    """Every primitive. `docs/math.md` has the algebra; the names here are its names."""
+
+    def prepare(self, operand: Act | Grad) -> Act | Grad:
+        """The operand as this set reads it best when several primitives read it in turn.
+
+        A set whose kernels apply recipes in their prologue returns it unchanged; a set that would compute the
+        recipe at every use returns the tensor, once. `prepare` of a Tensor is that tensor.
+        """
+
+    def bn_stats(self, z: Tensor) -> Stats:
+        """Mean and biased variance of each channel over N, H, W. Reads z once."""
+
+    def finalize(self, stats: Stats, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Affine:
+        """Fold BatchNorm into one affine map, in wide precision. Missing gamma is 1, missing beta 0."""
+
+    def conv_stats(self, a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
+        """Any convolution without bias: raw output z [N, K, P, Q] in storage dtype and, if asked, its statistics.
+
+        Padding is zero after the activation. weight [K, C/groups, R, S].
+        """
+
+    def covariance(self, a: Act) -> tuple[Tensor, Tensor]:
+        """Mean [C] and biased covariance [C, C] of the rows, wide, of the values as a product would read them."""
+
+    def expand_stats(self, weight: Tensor, mean: Tensor, cov: Tensor) -> Stats:
+        """Statistics of `a @ weight.T` from those of a: W @ mean and rowsum((W @ cov) * W), clamped at 0.
+
+        weight [K, C] in storage dtype; the products are wide whatever the tf32 switches say.
+        """
+
+    def expand(
+        self, a: Act, weight: Tensor, scale: Tensor, shift: Tensor, residual: Residual, want_mask: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`relu(scale * (a @ weight.T) + shift + residual)` rounded once, and its mask `not (out <= 0)`.
+
+        a [N, C, H, W] or its recipe, weight [K, C]; out [N, K, H, W]; scale and shift act on the accumulator.
+        """
+
+    def apply(
+        self, a: Norm, residual: Residual, relu: bool, want_mask: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`act(scale * z + shift + residual)` rounded once, and its mask `not (out <= 0)` if asked.
+
+        a.relu is not used here: `relu` acts on the sum. The mask is taken of the stored, rounded values.
+        """
+
+    def update_running(self, updates: Sequence[RunningUpdate]) -> None:
+        """Update running mean, unbiased running variance and counters, without a device synchronisation.
+
+        Everything that can fail comes before the first write.
+        """
+
+    def scale_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Wg = scale[:, None] * weight, rounded once to storage. weight [K, C]."""
+
+    def expand_products(
+        self, g: Grad, a: Act, mean: Tensor | None, wg: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """P = g.T @ (a - mean) [K, C] and sum(g) [K], both wide; and u = g @ wg where it comes in the same pass.
+
+        mean None: the uncentred product (frozen statistics). wg None: u is not wanted. u [N, C, H, W] is wide or in
+        storage dtype; a set that has it for free gives it, another leaves it (None) to `expand_dgrad`.
+        """
+
+    def expand_coefficients(
+        self, products: Tensor, sum_g: Tensor, weight: Tensor, wg: Tensor, mean: Tensor, cov: Tensor,
+        affine: Affine, count: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The C-length and [K, C] algebra of the backward pass, batch statistics.
+
+        dgamma = invstd * rowsum(P * W) [K]; dweight = scale * (P - dgamma * invstd * (W @ cov)) [K, C];
+        Q = W.T @ diag(scale * invstd * dgamma / M) @ W [C, C], rounded to storage;
+        c = (sum_g / M) @ Wg - mean @ Q [C], wide, from the rounded Wg and Q. Returns dgamma, dweight, Q, c.
+        """
+
+    def expand_dgrad(
+        self, g: Grad, u: Tensor | None, a: Act, wg: Tensor, q: Tensor | None, c: Tensor | None, relu: bool
+    ) -> Tensor:
+        """da = g @ Wg - a @ Q - c [N, C, H, W], rounded once; masked by a's ReLU where `relu`.
+
+        u, if given, stands for g @ Wg. q and c are None for frozen statistics.
+        """
+
+    def bn_reduce(self, dy: Tensor, z: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+        """dbeta = sum(dy) and dgamma = invstd * sum(dy * (z - mean)), wide [C]."""
+
+    def bn_dgrad(self, grad: BNGrad) -> Tensor:
+        """The recipe's tensor, rounded once."""
+
+    def bn_backward(self, dy: Grad, a: Act | None, z: Tensor, context: BNContext) -> tuple[Grad, Tensor, Tensor]:
+        """(dz, dgamma, dbeta) of BatchNorm, after the ReLU that made `a` if a is given.
+
+        dz may be the `BNGrad` recipe (the consumer computes it in its prologue) or a tensor (one pass gave all).
+        """
+
+    def conv_backward(
+        self, grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(da + add, dweight) of a convolution, each None if not needed. da in storage, dweight wide or storage.
+
+        `add` is the other path's gradient into the same activation (the shortcut's).
+        """
+
+
+PRIMITIVES = tuple(name for name in vars(KernelSet) if not name.startswith("_"))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The accumulation dtype of a storage dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
