@@ -17,6 +17,11 @@ from .functions.unit import Tensors, Unit
 from .kernels import dispatch
 from .kernels.interface import Geometry, RunningUpdate, Stats
 
+
+class ArgumentError(ValueError, TypeError):
+    """An argument that the block does not take; the message names it. Nothing has run."""
+
+
 STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,8 +68,9 @@ def bottleneck(
     Differentiable once in x, weights, biases, gammas and betas. Returns [N, K, P, Q] of x's (or autocast's) dtype,
     channels_last if x or a weight is, else contiguous.
 
-    Raises TypeError and ValueError that name the argument; `kernels.interface.Unsupported` if a named backend cannot
-    run it. A call that raises has changed no running statistics.
+    Raises ArgumentError, a ValueError and TypeError, that names the argument; torch's ValueError for one value per
+    channel in training; `kernels.interface.Unsupported` if a named backend cannot run it. A call that raises has
+    changed no running statistics.
     """
     convs = (conv1, conv2, conv3) if shortcut is None else (conv1, conv2, conv3, shortcut)
     names = ("conv1", "conv2", "conv3", "shortcut")[: len(convs)]
@@ -131,7 +137,7 @@ def _update(kernels, convs: tuple[ConvBN, ...], pixels: list[int], stats: list[T
 def _storage_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the block computes in: autocast's for what autocast casts, else x's."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        raise ArgumentError(f"x must be a torch.Tensor, got {type(x).__name__}")
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype in STORAGE_DTYPES and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -141,11 +147,11 @@ def _storage_dtype(x: Tensor) -> torch.dtype:
 def _validate(x: Tensor, dtype: torch.dtype, convs: tuple[ConvBN, ...], names: tuple[str, ...]) -> list[torch.Size]:
     """Every check that does not need a kernel; returns the shape of each convolution's output."""
     if x.dim() != 4:
-        raise ValueError(f"x must have 4 dimensions [N, C, H, W], got {x.dim()}: {tuple(x.shape)}")
+        raise ArgumentError(f"x must have 4 dimensions [N, C, H, W], got {x.dim()}: {tuple(x.shape)}")
     if x.dtype not in STORAGE_DTYPES:
-        raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
+        raise ArgumentError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.numel() == 0:
-        raise ValueError(f"x must not be empty, got {tuple(x.shape)}")
+        raise ArgumentError(f"x must not be empty, got {tuple(x.shape)}")
     shape, shapes = x.shape, []
     for c, name in zip(convs, names, strict=True):
         shape = _output_shape(x.shape if name == "shortcut" else shape, c, name)
@@ -154,7 +160,7 @@ def _validate(x: Tensor, dtype: torch.dtype, convs: tuple[ConvBN, ...], names: t
     last, other = shapes[2], shapes[3] if len(shapes) == 4 else x.shape
     if last != other:
         which = "shortcut's output" if len(shapes) == 4 else "x, the identity shortcut,"
-        raise ValueError(f"conv3's output {tuple(last)} and {which} {tuple(other)} must have the same shape")
+        raise ArgumentError(f"conv3's output {tuple(last)} and {which} {tuple(other)} must have the same shape")
     for c, shape in zip(convs, shapes, strict=True):
         if c.batch and shape[0] * shape[2] * shape[3] == 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
@@ -164,9 +170,9 @@ def _validate(x: Tensor, dtype: torch.dtype, convs: tuple[ConvBN, ...], names: t
 def _output_shape(shape: torch.Size, c: ConvBN, name: str) -> torch.Size:
     weight = c.weight
     if weight.dim() != 4:
-        raise ValueError(f"{name}.weight must be [K, C/groups, R, S], got {tuple(weight.shape)}")
+        raise ArgumentError(f"{name}.weight must be [K, C/groups, R, S], got {tuple(weight.shape)}")
     if weight.shape[1] * c.groups != shape[1] or weight.shape[0] % c.groups:
-        raise ValueError(
+        raise ArgumentError(
             f"{name}.weight {tuple(weight.shape)} with groups={c.groups} does not fit an input of {shape[1]} channels"
         )
     spatial = [
@@ -176,7 +182,7 @@ def _output_shape(shape: torch.Size, c: ConvBN, name: str) -> torch.Size:
         )
     ]
     if min(spatial) < 1:
-        raise ValueError(f"{name}: an input of {tuple(shape[2:])} pixels leaves no output ({spatial})")
+        raise ArgumentError(f"{name}: an input of {tuple(shape[2:])} pixels leaves no output ({spatial})")
     return torch.Size((shape[0], weight.shape[0], *spatial))
 
 
@@ -188,16 +194,16 @@ def _check_tensors(x: Tensor, dtype: torch.dtype, c: ConvBN, name: str) -> None:
         if t is None:
             continue
         if t.device != x.device:
-            raise ValueError(f"{name}.{field} is on {t.device}, x on {x.device}; all must be on one device")
+            raise ArgumentError(f"{name}.{field} is on {t.device}, x on {x.device}; all must be on one device")
         if field == "num_batches_tracked":
             continue
         if field == "weight":
             accepted = STORAGE_DTYPES if autocast else (dtype,)
         else:
             if t.shape != (c.weight.shape[0],):
-                raise ValueError(f"{name}.{field} must be [{c.weight.shape[0]}], got {tuple(t.shape)}")
+                raise ArgumentError(f"{name}.{field} must be [{c.weight.shape[0]}], got {tuple(t.shape)}")
             accepted = STORAGE_DTYPES if autocast and field == "bias" else (dtype, wide)
         if t.dtype not in accepted:
-            raise TypeError(f"{name}.{field} is {t.dtype}; x in {dtype} takes {' or '.join(map(str, accepted))}")
+            raise ArgumentError(f"{name}.{field} is {t.dtype}; x in {dtype} takes {' or '.join(map(str, accepted))}")
     if (c.running_mean is None) != (c.running_var is None):
-        raise ValueError(f"{name}: running_mean and running_var must both be given or both be None")
+        raise ArgumentError(f"{name}: running_mean and running_var must both be given or both be None")

@@ -1,0 +1,164 @@
+"""The class that a fused module is moved to: the original forward behind a per-call gate.
+
+`fuse` assigns `module.__class__`; no tensor moves and no parameter is cached, so state dict keys, optimizers, EMA,
+`isinstance` and pickling go on as before, and assigning the class back undoes it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from ..functional import STORAGE_DTYPES, ArgumentError, ConvBN
+from ..kernels.interface import Reason
+
+NORMS = {
+    "torch.nn.modules.batchnorm.BatchNorm2d": "batch",
+    "torchvision.ops.misc.FrozenBatchNorm2d": "frozen",
+}
+_disabled = int(os.environ.get("RESFUSE_DISABLE", "0") not in ("", "0"))
+
+
+class disabled:
+    """Context manager: fused modules run their original forward inside it. `RESFUSE_DISABLE=1` does so for good."""
+
+    def __enter__(self) -> None:
+        global _disabled
+        _disabled += 1
+
+    def __exit__(self, *_) -> None:
+        global _disabled
+        _disabled -= 1
+
+
+class State:
+    """What a fused module carries besides its own attributes: its backend and the count of each fallback."""
+
+    def __init__(self, backend: str = "auto"):
+        self.backend = backend
+        self.fallbacks: Counter[tuple[str, str]] = Counter()
+
+
+class Pair(NamedTuple):
+    """The names of a convolution and its BatchNorm inside a block, dotted where they lie deeper."""
+
+    conv: str
+    norm: str
+
+
+class FusedMixin:
+    """Put before a block's class by `fused_class`. A subclass names its plan: what to check and what to run."""
+
+    plan = None
+
+    @property
+    def resfuse_state(self) -> State:
+        state = self.__dict__.get("_resfuse_state")
+        if state is None:  # a block constructed from the fused class, not converted
+            state = self.__dict__["_resfuse_state"] = State()
+        return state
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        reason = call_refusal(x) or self.plan.refusal(self)
+        if reason is None:
+            try:
+                return self.plan.run(self, x, self.resfuse_state.backend)
+            except ArgumentError as error:
+                reason = Reason("argument", str(error))
+        if reason.code != "disabled":
+            self.resfuse_state.fallbacks[reason] += 1
+        return super().forward(x)
+
+    def __reduce_ex__(self, protocol):
+        return _new_fused, (type(self).__mro__[2],), self.__dict__.copy()
+
+
+def call_refusal(x) -> Reason | None:
+    """Why this call must run the original forward, as far as the input and the interpreter's state tell."""
+    if _disabled:
+        return Reason("disabled", "inside resfuse.disabled() or under RESFUSE_DISABLE=1")
+    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+        return Reason("input_type", f"the input is a {type(x).__name__}, not a plain tensor")
+    if x.dim() != 4 or x.numel() == 0:
+        return Reason("input_shape", f"the input {tuple(x.shape)} is empty or not 4-dimensional")
+    if x.device.type not in ("cpu", "cuda"):
+        return Reason("device", f"the input is on {x.device.type}; cpu and cuda are served")
+    if x.dtype not in STORAGE_DTYPES:
+        return Reason("dtype", f"the input is {x.dtype}")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return Reason("functorch", "inside a torch.func transform")
+    if forward_ad._current_level >= 0:
+        return Reason("forward_ad", "inside forward-mode differentiation")
+    if torch._C._get_tracing_state() is not None:
+        return Reason("tracing", "being traced by torch.jit")
+    return None
+
+
+def pair_refusal(block: nn.Module, pair: Pair) -> Reason | None:
+    """Why a convolution and its BatchNorm cannot be read and run from outside their modules."""
+    conv, norm = block.get_submodule(pair.conv), block.get_submodule(pair.norm)
+    if type(conv) is not nn.Conv2d:
+        return Reason("module_type", f"{pair.conv} is a {type(conv).__name__}, not nn.Conv2d")
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return Reason("padding", f"{pair.conv} pads by {conv.padding_mode!r}, {conv.padding!r}; zeros by numbers only")
+    if qualified_name(type(norm)) not in NORMS:
+        return Reason("module_type", f"{pair.norm} is a {type(norm).__name__}, not nn.BatchNorm2d")
+    if norm.weight is None and norm.bias is not None or norm.weight is not None and norm.bias is None:
+        return Reason("affine", f"{pair.norm} has only one of weight and bias")
+    for name, module in ((pair.conv, conv), (pair.norm, norm)):
+        reason = wrapped(name, module)
+        if reason:
+            return reason
+        for parameter in module._parameters.values():
+            if parameter is not None and type(parameter) is not nn.Parameter and type(parameter) is not torch.Tensor:
+                return Reason("parameter_type", f"a parameter of {name} is a {type(parameter).__name__}")
+    return None
+
+
+def wrapped(name: str, module: nn.Module) -> Reason | None:
+    """Why calling the module is more than its class's forward: hooks, or a forward of its own."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return Reason("inner_hook", f"{name} has a hook")
+    if "forward" in module.__dict__:
+        return Reason("own_forward", f"{name} has a forward of its own")
+    return None
+
+
+def read_pair(block: nn.Module, pair: Pair) -> ConvBN:
+    """The pair's tensors and settings as they are now; nothing is cached between calls."""
+    conv, norm = block.get_submodule(pair.conv), block.get_submodule(pair.norm)
+    frozen = NORMS[qualified_name(type(norm))] == "frozen"
+    training = not frozen and norm.training
+    buffers = (norm.running_mean, norm.running_var, None if frozen else norm.num_batches_tracked)
+    if training and not norm.track_running_stats:
+        buffers = (None, None, None)
+    return ConvBN(
+        conv.weight, norm.weight, norm.bias, *buffers, conv.bias, conv.stride, conv.padding, conv.dilation,
+        conv.groups, norm.eps, None if frozen else norm.momentum, training,
+    )
+
+
+@cache
+def qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+@cache
+def fused_class(cls: type, plan) -> type:
+    """The fused subclass of a block's class."""
+    return type("Fused" + cls.__name__, (FusedMixin, cls), {"plan": plan, "__module__": __name__, "__doc__": cls.__doc__})
+
+
+def _new_fused(cls: type) -> nn.Module:
+    from . import plans
+
+    fused = fused_class(cls, plans.plan_for(cls))
+    return fused.__new__(fused)

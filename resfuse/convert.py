@@ -1,0 +1,244 @@
+"""fuse, unfuse, explain, report: find the blocks of a model that have a fused form, and say what was done and why."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .blocks import plans
+from .blocks.mixin import FusedMixin, State, disabled, fused_class
+from .kernels import dispatch
+from .kernels.interface import Reason, Unsupported
+
+LAYOUT = Reason(
+    "layout_nchw",
+    "convolution weights are NCHW, so activations are converted at every block; "
+    "faster: model.to(memory_format=torch.channels_last)",
+)
+
+
+class FuseError(ValueError):
+    """`fuse(..., strict=True)` found a convolution that it does not fuse; the message lists each."""
+
+
+@dataclass(frozen=True)
+class FuseConfig:
+    """How fused blocks run.
+
+    backend: "auto", or the name of one kernel set that must then run every primitive ("eager").
+    memory: "balanced" keeps two narrow activations, the input and a 1-bit mask per bottleneck.
+    deterministic: None follows torch.use_deterministic_algorithms; our own kernels always are.
+    """
+
+    backend: str = "auto"
+    memory: str = "balanced"
+    deterministic: None = None
+
+    def __post_init__(self):
+        for name, accepted in (
+            ("backend", dispatch.backends()), ("memory", ("balanced",)), ("deterministic", (None,))
+        ):
+            value = getattr(self, name)
+            if value not in accepted:
+                choices = ", ".join(map(repr, accepted))
+                raise ValueError(f"FuseConfig.{name}={value!r} is not available in this version; accepted: {choices}")
+
+
+@dataclass
+class Report:
+    """What is fused in a model, what is not and why, and what happened at run time.
+
+    fused: (fqn, class, forms of the wide products); skipped: (fqn, code, text); notes: (code, text);
+    fallbacks: (fqn, code, text, count) of calls that ran the original forward; kernels: (primitive, kernel set,
+    code, text) of refusals inside a fused call; coverage: share of the model's convolution multiply-adds inside fused
+    blocks at `input_size`, None if that could not be counted.
+    """
+
+    fused: list[tuple[str, str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    notes: list[Reason] = field(default_factory=list)
+    fallbacks: list[tuple[str, str, str, int]] = field(default_factory=list)
+    kernels: list[tuple[str, str, str, str]] = field(default_factory=list)
+    coverage: float | None = None
+    input_size: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.input_size))
+        share = "unknown" if self.coverage is None else f"{self.coverage:.1%}"
+        lines = [f"{len(self.fused)} blocks fused, {share} of convolution multiply-adds (input {size})"]
+        for title, rows in (
+            ("fused", self.fused), ("not fused", self.skipped), ("note", self.notes),
+            ("ran the original forward", self.fallbacks), ("kernel fallback", self.kernels),
+        ):
+            if rows:
+                lines += ["", title, *_columns(rows)]
+        return "\n".join(lines)
+
+
+def fuse(
+    model: nn.Module,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    config: FuseConfig | None = None,
+    strict: bool = False,
+) -> nn.Module:
+    """Replace the forward of every block that has a fused form, in place; returns the same model. Idempotent.
+
+    filter_fn(module, fqn) -> bool: False leaves a block alone. strict: raise FuseError, before anything is changed,
+    if any convolution stays outside a fused block. Raises Unsupported if config names a backend that cannot run.
+    """
+    config = config or FuseConfig()
+    _check_model(model)
+    blocks, skipped = [], []
+    for fqn, module, reason in _survey(model, filter_fn):
+        if reason is None:
+            blocks.append(module)
+        else:
+            skipped.append((fqn, *reason))
+    if strict and skipped:
+        raise FuseError("not fused:\n" + "\n".join(_columns(skipped)))
+    if config.backend != "auto":
+        _check_backend(config.backend, blocks)
+    for module in blocks:
+        if not isinstance(module, FusedMixin):
+            module.__class__ = fused_class(type(module), plans.plan_for(type(module)))
+        module.__dict__["_resfuse_state"] = State(config.backend)
+    if not blocks:
+        warnings.warn(f"resfuse.fuse fused nothing in {type(model).__name__}; see resfuse.explain(model)", stacklevel=2)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give every fused module its original class back, in place; returns the same model."""
+    _check_model(model)
+    for module in model.modules():
+        if isinstance(module, FusedMixin):
+            module.__dict__.pop("_resfuse_state", None)
+            module.__class__ = _original(type(module))
+    return model
+
+
+def explain(
+    model: nn.Module,
+    *,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    input_size: tuple[int, int, int, int] = (1, 3, 224, 224),
+) -> Report:
+    """What `fuse` would do, and why not more; changes nothing."""
+    _check_model(model)
+    return _describe(model, list(_survey(model, filter_fn)), input_size)
+
+
+def report(model: nn.Module, *, input_size: tuple[int, int, int, int] = (1, 3, 224, 224)) -> Report:
+    """What is fused in the model now, and what its calls so far fell back to."""
+    _check_model(model)
+    survey = [
+        (fqn, module, reason or (None if isinstance(module, FusedMixin) else Reason("not_converted", "fuse() was not called on it")))
+        for fqn, module, reason in _survey(model, None)
+    ]
+    result = _describe(model, survey, input_size)
+    for fqn, module, _ in survey:
+        if isinstance(module, FusedMixin):
+            counts = module.resfuse_state.fallbacks
+            result.fallbacks += [(fqn, code, text, count) for (code, text), count in counts.items()]
+    result.kernels = [(primitive, name, *reason) for primitive, name, reason in dispatch.fallbacks()]
+    return result
+
+
+def _survey(
+    model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None
+) -> Iterator[tuple[str, nn.Module, Reason | None]]:
+    """(fqn, module, None) for each block with a fused form; (fqn, module, reason) for what holds other convolutions."""
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, fqn: str, parent: tuple[str, nn.Module]):
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        plan = plans.plan_for(_original(type(module)))
+        if plan is not None:
+            if filter_fn is not None and not filter_fn(module, fqn):
+                yield fqn, module, Reason("filtered", "filter_fn returned False")
+            else:
+                yield fqn, module, plan.refusal(module)
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            yield fqn, module, Reason("no_plan", f"a convolution in {type(parent[1]).__name__}, which has no fused form")
+        else:
+            for name, child in module.named_children():
+                yield from visit(child, f"{fqn}.{name}" if fqn else name, (fqn, module))
+
+    return visit(model, "", ("", model))
+
+
+def _describe(model: nn.Module, survey: list[tuple[str, nn.Module, Reason | None]], input_size) -> Report:
+    result = Report(input_size=tuple(input_size))
+    blocks = [(fqn, module) for fqn, module, reason in survey if reason is None]
+    for fqn, module in blocks:
+        original = _original(type(module))
+        result.fused.append((fqn, original.__name__, plans.plan_for(original).forms(module)))
+    result.skipped = [(fqn, *reason) for fqn, _, reason in survey if reason is not None]
+    if any(_is_nchw(conv) for _, module in blocks for conv in module.modules() if isinstance(conv, nn.Conv2d)):
+        result.notes.append(LAYOUT)
+    result.coverage = _coverage(model, [module for _, module in blocks], result.input_size)
+    return result
+
+
+def _coverage(model: nn.Module, blocks: list[nn.Module], input_size: tuple[int, ...]) -> float | None:
+    """Share of convolution multiply-adds inside `blocks`, from one forward on the meta device (no data, no change)."""
+    macs: Counter[int] = Counter()
+
+    def count(conv: nn.Module, _, output: torch.Tensor) -> None:
+        macs[id(conv)] += output[:, 0].numel() * conv.weight.numel()
+
+    convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    tensors = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    handles = [conv.register_forward_hook(count) for conv in convs]
+    try:
+        with disabled(), torch.no_grad():
+            torch.func.functional_call(model, tensors, torch.empty(input_size, dtype=dtype, device="meta"))
+    except Exception:  # a model may want other inputs, or look at its data: then the share is unknown
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = sum(macs.values())
+    inside = sum(macs[id(m)] for block in blocks for m in block.modules())
+    return inside / total if total else None
+
+
+def _is_nchw(conv: nn.Conv2d) -> bool:
+    weight = conv.weight
+    return math.prod(weight.shape[2:]) > 1 and not weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _original(cls: type) -> type:
+    return cls.__mro__[2] if issubclass(cls, FusedMixin) else cls
+
+
+def _check_model(model) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_backend(backend: str, blocks: list[nn.Module]) -> None:
+    reasons = {
+        reason
+        for block in blocks
+        for parameter in block.parameters()
+        for reason in dispatch.missing(backend, parameter.device.type, parameter.dtype)
+    }
+    if reasons:
+        raise Unsupported(sorted(reasons))
+
+
+def _columns(rows: list[tuple]) -> list[str]:
+    text = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in text]
