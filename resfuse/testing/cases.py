@@ -1,0 +1,157 @@
+"""Shapes of bottleneck blocks, and torchvision blocks and inputs made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BottleneckCase:
+    """One bottleneck: `in_channels` -> 1x1 -> `width` -> 3x3 -> `width` -> 1x1 -> `out_channels`.
+
+    The input is [batch, in_channels, height, breadth], breadth None meaning a square. The shortcut is a projection
+    where stride or channels ask for one. `stride_first` puts the stride on the first 1x1 (the v1 form), `bias` gives
+    the convolutions one. out_channels is a multiple of 4, torchvision's expansion.
+    """
+
+    name: str
+    in_channels: int
+    width: int
+    out_channels: int
+    height: int
+    stride: int = 1
+    groups: int = 1
+    dilation: int = 1
+    batch: int = 8
+    breadth: int | None = None
+    stride_first: bool = False
+    bias: bool = False
+
+    @property
+    def projection(self) -> bool:
+        return self.stride != 1 or self.in_channels != self.out_channels
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.in_channels, self.height, self.breadth or self.height
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        rows, columns = (-(-size // self.stride) for size in self.input_shape[2:])
+        return self.batch, self.out_channels, rows, columns
+
+    @property
+    def rows(self) -> int:
+        """M, the rows of the output read as a matrix."""
+        n, _, p, q = self.output_shape
+        return n * p * q
+
+    def unit_bytes(self, itemsize: int) -> int:
+        """Bytes of one width-channel tensor at the output's resolution: the unit that saved memory is quoted in."""
+        return self.rows * self.width * itemsize
+
+
+STAGES = (
+    BottleneckCase("stage1", 256, 64, 256, 56),
+    BottleneckCase("stage2", 512, 128, 512, 28),
+    BottleneckCase("stage3", 1024, 256, 1024, 14),
+    BottleneckCase("stage4", 2048, 512, 2048, 7),
+)
+PROJECTIONS = (
+    BottleneckCase("stage1-projection", 64, 64, 256, 56),
+    BottleneckCase("stage2-projection", 256, 128, 512, 56, stride=2),
+    BottleneckCase("stage3-projection", 512, 256, 1024, 28, stride=2),
+    BottleneckCase("stage4-projection", 1024, 512, 2048, 14, stride=2),
+)
+RELATIVES = (
+    BottleneckCase("resnext50-stage1", 256, 128, 256, 56, groups=32),
+    BottleneckCase("resnext101-64x4d-stage2", 512, 512, 512, 28, groups=64),
+    BottleneckCase("wide-stage2", 512, 256, 512, 28),
+    BottleneckCase("wide-stage3-projection", 512, 512, 1024, 28, stride=2),
+)
+SMALL = (
+    BottleneckCase("small-identity", 32, 8, 32, 8, batch=4),
+    BottleneckCase("small-projection", 16, 8, 32, 8, batch=4),
+    BottleneckCase("small-strided", 16, 8, 32, 9, stride=2, batch=4),
+    BottleneckCase("small-v1-stride", 16, 8, 32, 8, stride=2, batch=4, stride_first=True),
+    BottleneckCase("small-groups", 32, 16, 32, 6, groups=4, batch=4),
+    BottleneckCase("small-dilated", 32, 8, 32, 9, dilation=2, batch=4),
+    BottleneckCase("small-bias", 16, 8, 32, 6, stride=2, batch=4, bias=True),
+    BottleneckCase("ragged", 20, 5, 20, 7, batch=3, breadth=5),
+    BottleneckCase("odd-projection", 13, 7, 28, 5, stride=2, batch=3, breadth=9),
+    BottleneckCase("wide-inside", 12, 20, 12, 6, batch=2),
+    BottleneckCase("one-pixel", 16, 4, 16, 1, batch=5),
+    BottleneckCase("two-values", 4, 1, 4, 1, batch=2),
+)
+CASES = {case.name: case for case in (*STAGES, *PROJECTIONS, *RELATIVES, *SMALL)}
+
+
+def make_block(
+    case: BottleneckCase,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """torchvision's Bottleneck in training mode, with random BatchNorm parameters (some gammas negative) and
+    running statistics."""
+    from torchvision.models.resnet import Bottleneck
+
+    planes = case.out_channels // Bottleneck.expansion
+    # Bottleneck truncates planes * base_width / 64; the small surplus keeps it from losing one to rounding.
+    base_width = 64 * (case.width // case.groups) / planes + 1e-6
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        shortcut = None
+        if case.projection:
+            shortcut = nn.Sequential(
+                nn.Conv2d(case.in_channels, case.out_channels, 1, case.stride, bias=False),
+                nn.BatchNorm2d(case.out_channels),
+            )
+        block = Bottleneck(case.in_channels, planes, case.stride, shortcut, case.groups, base_width, case.dilation)
+        if case.stride_first:
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+        for module in block.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                _randomise(module)
+            elif isinstance(module, nn.Conv2d) and case.bias:
+                module.bias = nn.Parameter(torch.randn(module.out_channels))
+    return block.to(device=device, dtype=dtype, memory_format=memory_format)
+
+
+def make_input(
+    case: BottleneckCase,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """[N, C, H, W] as a block sees it: rectified, each channel with a mean and spread of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = (1, case.in_channels, 1, 1)
+    x = torch.randn(case.input_shape, generator=generator)
+    x = x * (0.5 + torch.rand(channels, generator=generator)) + 0.5 * torch.randn(channels, generator=generator)
+    return x.relu().to(device=device, dtype=dtype, memory_format=memory_format)
+
+
+def make_gradient(
+    case: BottleneckCase,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.channels_last,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A standard normal gradient of the block's output, drawn apart from `make_input` of the same seed."""
+    dout = torch.randn(case.output_shape, generator=torch.Generator().manual_seed(seed + 2**20))
+    return dout.to(device=device, dtype=dtype, memory_format=memory_format)
+
+
+def _randomise(bn: nn.BatchNorm2d) -> None:
+    with torch.no_grad():
+        bn.weight.normal_(1.0, 0.4)
+        bn.bias.normal_(0.0, 0.3)
+        bn.running_mean.normal_(0.0, 0.2)
+        bn.running_var.uniform_(0.5, 1.5)
