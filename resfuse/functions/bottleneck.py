@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..kernels import dispatch
 from ..kernels.interface import Act, Addend, Grad, Masked, Norm, Second, Strided
+from . import composite
 from . import unit as units
 from .unit import Gradients, Kept, Tensors, Unit
 
@@ -66,7 +66,6 @@ class BottleneckFunction(torch.autograd.Function):
         return out, *stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout: Tensor, *_):
         spec = ctx.spec
         split = TENSORS_PER_UNIT * len(spec.units)
@@ -75,6 +74,9 @@ class BottleneckFunction(torch.autograd.Function):
         saved = Saved(x, z1, z2, mask, _grouped(kept, Kept))
         needs = tuple(any(group) for group in _grouped(ctx.needs_input_grad[2:], Tensors))
         with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
+                out = composite.bottleneck(x, spec.units, tensors)
+                return None, *composite.differentiable_gradients(out, dout, [x, *ctx.saved_tensors[:split]])
             dx, grads = _backward(ctx.kernels, spec, tensors, saved, dout, ctx.needs_input_grad[1], needs)
         flat = [g for group in grads for g in (*group, None, None)]
         wanted = [g if need else None for g, need in zip(flat, ctx.needs_input_grad[2:], strict=True)]

@@ -18,7 +18,7 @@ from .interface import PRIMITIVES, Reason, Unsupported
 
 log = logging.getLogger("resfuse")
 
-ORDER = ("cpu", "eager")  # preferred first
+ORDER = ("eager",)  # preferred first
 _fallbacks: dict[tuple[str, str, str], Reason] = {}
 
 
