@@ -66,7 +66,7 @@ def bottleneck(
     x [N, C, H, W], float64, float32, bfloat16 or float16, any strides; under autocast it is cast to autocast's dtype,
     and weights always to x's. BatchNorm parameters and buffers are float32 or of x's dtype (float64 for float64).
     Differentiable once in x, weights, biases, gammas and betas. Returns [N, K, P, Q] of x's (or autocast's) dtype,
-    channels_last if x or a weight is, else contiguous.
+    channels_last if x or a weight on the main branch is, else contiguous.
 
     Raises ArgumentError, a ValueError and TypeError, that names the argument; torch's ValueError for one value per
     channel in training; `kernels.interface.Unsupported` if a named backend cannot run it. A call that raises has
@@ -84,8 +84,7 @@ def bottleneck(
     )
     flat = [t for c in convs for t in _tensors(c)]
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
-    channels_last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
-                        for t in (x, *(c.weight for c in convs)))
+    channels_last = any(_suggests_channels_last(t) for t in (x, *(c.weight for c in convs[:3])))
     out_format = torch.channels_last if channels_last else torch.contiguous_format
     spec = Spec(unit_list, backend, differentiable, out_format)
     out, *stats = BottleneckFunction.apply(spec, x.to(dtype), *flat)
@@ -107,6 +106,18 @@ def covariance_from(convs: tuple[ConvBN, ...]) -> list[int | None]:
         eligible = cost.has_covariance_form(tuple(kernel), c.padding, c.groups, in_, out)
         rows.append(cost.covariance_rows(in_, out, sum(macs)) if eligible else None)
     return rows
+
+
+def _suggests_channels_last(t: Tensor) -> bool:
+    """Whether a convolution reading t would write channels_last: torch's rule (suggest_memory_format), by strides."""
+    size, stride, least = t.shape, t.stride(), 0
+    if stride[1] == 0:
+        return False
+    for d in (1, 3, 2, 0):
+        if stride[d] < least or (d == 0 and least == stride[1]):
+            return False
+        least = stride[d] * max(size[d], 1)
+    return True
 
 
 def _tensors(c: ConvBN) -> Tensors:
@@ -139,6 +150,8 @@ def _storage_dtype(x: Tensor) -> torch.dtype:
     if not isinstance(x, Tensor):
         raise ArgumentError(f"x must be a torch.Tensor, got {type(x).__name__}")
     device = x.device.type
+    if device not in ("cpu", "cuda"):
+        raise ArgumentError(f"x must be on cpu or cuda, got {x.device}")
     if torch.is_autocast_enabled(device) and x.dtype in STORAGE_DTYPES and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
