@@ -8,9 +8,8 @@
 
 namespace resfuse {
 
-struct bfloat16 {
-  uint16_t bits;
-};
+// The bits of a bfloat16. An enumeration, because compilers vectorise copies of scalars but not of structures.
+enum class bfloat16 : uint16_t {};
 
 RESFUSE_HD uint32_t float_bits(float v) {
   uint32_t u;
@@ -29,7 +28,7 @@ RESFUSE_HD float load(float v) {
 }
 
 RESFUSE_HD float load(bfloat16 v) {
-  return bits_float(static_cast<uint32_t>(v.bits) << 16);
+  return bits_float(static_cast<uint32_t>(v) << 16);
 }
 
 template <class T>
@@ -45,7 +44,7 @@ template <>
 RESFUSE_HD bfloat16 store<bfloat16>(float v) {
   const uint32_t u = float_bits(v);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return {static_cast<uint16_t>(v != v ? 0x7fc0u : rounded)};
+  return static_cast<bfloat16>(v != v ? 0x7fc0u : rounded);
 }
 
 }  // namespace resfuse

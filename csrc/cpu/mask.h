@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../common/scalar.h"
 
@@ -11,18 +12,16 @@ inline int64_t mask_row_bytes(int64_t channels) {
   return (channels + 7) / 8;
 }
 
-// bits: `count` bytes of 0 or 1 -> ceil(count/8) bytes.
-RESFUSE_HD void pack_bits(const uint8_t* bits, int64_t count, uint8_t* __restrict__ packed) {
-  const int64_t whole = count / 8;
-  for (int64_t i = 0; i < whole; ++i) {
-    uint64_t byte = 0;
-    for (int j = 0; j < 8; ++j) byte |= static_cast<uint64_t>(bits[8 * i + j]) << j;
-    packed[i] = static_cast<uint8_t>(byte);
-  }
-  if (count % 8 != 0) {
-    uint8_t byte = 0;
-    for (int64_t j = 0; j < count % 8; ++j) byte |= static_cast<uint8_t>(bits[8 * whole + j] << j);
-    packed[whole] = byte;
+// bits: `count` bytes of 0 or 1, with room for a multiple of 8 -> ceil(count/8) bytes.
+RESFUSE_HD void pack_bits(uint8_t* bits, int64_t count, uint8_t* __restrict__ packed) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word's lowest byte must be the first channel");
+  const int64_t bytes = (count + 7) / 8;
+  std::memset(bits + count, 0, 8 * bytes - count);
+  for (int64_t i = 0; i < bytes; ++i) {
+    uint64_t word;
+    std::memcpy(&word, bits + 8 * i, sizeof(word));
+    // The product brings bit 0 of byte j to bit 56 + j, and nothing else to the top byte.
+    packed[i] = static_cast<uint8_t>(word * 0x0102040810204080u >> 56);
   }
 }
 
