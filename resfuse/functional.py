@@ -13,9 +13,8 @@ from torch import Tensor
 
 from .functions import cost
 from .functions.bottleneck import BottleneckFunction, Spec
-from .functions.unit import Tensors, Unit
-from .kernels import dispatch
-from .kernels.interface import Geometry, RunningUpdate, Stats
+from .functions.unit import Running, Tensors, Unit
+from .kernels.interface import Geometry
 
 
 class ArgumentError(ValueError, TypeError):
@@ -86,10 +85,9 @@ def bottleneck(
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
     channels_last = any(_suggests_channels_last(t) for t in (x, *(c.weight for c in convs[:3])))
     out_format = torch.channels_last if channels_last else torch.contiguous_format
-    spec = Spec(unit_list, backend, differentiable, out_format)
-    out, *stats = BottleneckFunction.apply(spec, x.to(dtype), *flat)
-    _update(dispatch.kernels(backend, x.device.type, dtype), convs, pixels, stats)
-    return out
+    running = tuple(_running(c, count) for c, count in zip(convs, pixels, strict=True))
+    spec = Spec(unit_list, running, backend, differentiable, out_format)
+    return BottleneckFunction.apply(spec, x.to(dtype), *flat)
 
 
 def covariance_from(convs: tuple[ConvBN, ...]) -> list[int | None]:
@@ -126,20 +124,11 @@ def _tensors(c: ConvBN) -> Tensors:
     return Tensors(c.weight, c.bias, c.gamma, c.beta, *constant)
 
 
-def _update(kernels, convs: tuple[ConvBN, ...], pixels: list[int], stats: list[Tensor]) -> None:
-    pairs = iter(zip(stats[::2], stats[1::2], strict=True))
-    updates = []
-    for c, count in zip(convs, pixels, strict=True):
-        if not c.batch:
-            continue
-        mean, var = next(pairs)
-        if c.training and (c.running_mean is not None or c.num_batches_tracked is not None):
-            mean = mean if c.bias is None else mean + c.bias.detach()
-            updates.append(RunningUpdate(Stats(mean, var), count, c.running_mean, c.running_var,
-                                         c.num_batches_tracked, c.momentum))
-    if updates:
-        with torch.no_grad():
-            kernels.update_running(updates)
+def _running(c: ConvBN, count: int) -> Running | None:
+    """What the batch's statistics update: buffers in training, nothing otherwise."""
+    if not c.training or (c.running_mean is None and c.num_batches_tracked is None):
+        return None
+    return Running(c.running_mean, c.running_var, c.num_batches_tracked, c.momentum, count)
 
 
 # Validation --------------------------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ def call_refusal(x) -> Reason | None:
         return Reason("disabled", "inside resfuse.disabled() or under RESFUSE_DISABLE=1")
     if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
         return Reason("input_type", f"the input is a {type(x).__name__}, not a plain tensor")
+    if torch._C._get_tracing_state() is not None:
+        return Reason("tracing", "being traced by torch.jit")
     if x.dim() != 4 or x.numel() == 0:
         return Reason("input_shape", f"the input {tuple(x.shape)} is empty or not 4-dimensional")
     if x.device.type not in ("cpu", "cuda"):
@@ -97,8 +99,6 @@ def call_refusal(x) -> Reason | None:
         return Reason("functorch", "inside a torch.func transform")
     if forward_ad._current_level >= 0:
         return Reason("forward_ad", "inside forward-mode differentiation")
-    if torch._C._get_tracing_state() is not None:
-        return Reason("tracing", "being traced by torch.jit")
     return None
 
 

@@ -19,16 +19,18 @@ from ..kernels import dispatch
 from ..kernels.interface import Act, Addend, Grad, Masked, Norm, Second, Strided
 from . import composite
 from . import unit as units
-from .unit import Gradients, Kept, Tensors, Unit
+from .unit import Gradients, Kept, Running, Tensors, Unit
 
 TENSORS_PER_UNIT = len(Tensors._fields)
 KEPT_PER_UNIT = len(Kept._fields)
 
 
 class Spec(NamedTuple):
-    """What is static in one call. units: conv1, conv2, conv3 and, if the shortcut is a projection, its own."""
+    """What is static in one call. units: conv1, conv2, conv3 and, if the shortcut is a projection, its own;
+    running: the buffers that each unit's statistics update, None for none."""
 
     units: tuple[Unit, ...]
+    running: tuple[Running | None, ...]
     backend: str
     differentiable: bool
     out_format: torch.memory_format
@@ -45,7 +47,7 @@ class Saved(NamedTuple):
 
 
 class BottleneckFunction(torch.autograd.Function):
-    """apply(spec, x, *tensors) -> out, then (mean, var) of each unit with batch statistics, not differentiable.
+    """apply(spec, x, *tensors) -> out; the running buffers of spec are updated last, when nothing can fail any more.
 
     x [N, C, H, W] in storage dtype, any strides; tensors: the units' `Tensors`, flat. Weights may be of another
     dtype (autocast): they are cast here, and their gradients come in their own.
@@ -57,29 +59,29 @@ class BottleneckFunction(torch.autograd.Function):
         k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             out, saved, stats = _forward(k, spec, x, tensors)
+            out = out.contiguous(memory_format=spec.out_format)
+            k.update_running(units.running_updates(spec.running, stats, tensors))
         if spec.differentiable:
             kept = [t for unit in saved.kept for t in unit]
             ctx.save_for_backward(*flat, saved.x, saved.z1, saved.z2, saved.mask, *kept)
             ctx.spec, ctx.kernels = spec, k
-        out = out.contiguous(memory_format=spec.out_format)
-        ctx.mark_non_differentiable(*stats)
-        return out, *stats
+        return out
 
     @staticmethod
-    def backward(ctx, dout: Tensor, *_):
+    def backward(ctx, dout: Tensor):
         spec = ctx.spec
         split = TENSORS_PER_UNIT * len(spec.units)
-        tensors = _grouped(ctx.saved_tensors[:split], Tensors)
-        x, z1, z2, mask, *kept = ctx.saved_tensors[split:]
+        flat, (x, z1, z2, mask, *kept) = _split(ctx.saved_tensors, split)  # read once: hooks may recompute them
+        tensors = _grouped(flat, Tensors)
         saved = Saved(x, z1, z2, mask, _grouped(kept, Kept))
         needs = tuple(any(group) for group in _grouped(ctx.needs_input_grad[2:], Tensors))
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
                 out = composite.bottleneck(x, spec.units, tensors)
-                return None, *composite.differentiable_gradients(out, dout, [x, *ctx.saved_tensors[:split]])
+                return None, *composite.differentiable_gradients(out, dout, [x, *flat])
             dx, grads = _backward(ctx.kernels, spec, tensors, saved, dout, ctx.needs_input_grad[1], needs)
-        flat = [g for group in grads for g in (*group, None, None)]
-        wanted = [g if need else None for g, need in zip(flat, ctx.needs_input_grad[2:], strict=True)]
+        found = [g for group in grads for g in (*group, None, None)]
+        wanted = [g if need else None for g, need in zip(found, ctx.needs_input_grad[2:], strict=True)]
         return None, dx, *wanted
 
 
@@ -104,7 +106,7 @@ def _forward(k, spec: Spec, x: Tensor, tensors: tuple[Tensors, ...]):
     else:
         out, mask = k.apply(main, residual, relu=True, want_mask=spec.differentiable)
     saved = Saved(x, norm1.z, norm2.z, mask, tuple(kept))
-    return out, saved, [s for pair in stats if pair is not None for s in pair]
+    return out, saved, stats
 
 
 def _backward(
@@ -166,6 +168,10 @@ def _wide_backward(
 def _conv_backward(k, unit: Unit, t: Tensors, dz: Grad, a: Act, add: Addend, needs: tuple[bool, bool]):
     dtype = (a.z if isinstance(a, Norm) else a).dtype
     return k.conv_backward(dz, a, t.weight.to(dtype), unit.geometry, add, needs)
+
+
+def _split(sequence, at: int) -> tuple:
+    return sequence[:at], sequence[at:]
 
 
 def _grouped(flat, kind: type) -> tuple:

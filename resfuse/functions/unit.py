@@ -7,12 +7,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.interface import Act, Affine, BNContext, Geometry, Grad, Norm, Second, Stats, Strided, wide
+from ..kernels.interface import (
+    Act, Affine, BNContext, Geometry, Grad, Norm, RunningUpdate, Second, Stats, Strided, wide,
+)
 
 # Where cov [C, C] is at most this share of one [M, C] activation it is kept, elsewhere recomputed in backward.
 KEPT_COVARIANCE_SHARE = 0.02
@@ -36,6 +39,16 @@ class Tensors(NamedTuple):
     beta: Tensor | None
     mean: Tensor | None
     var: Tensor | None
+
+
+class Running(NamedTuple):
+    """The buffers that a unit's batch statistics update, from `count` values a channel."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    momentum: float | None
+    count: int
 
 
 class Kept(NamedTuple):
@@ -130,6 +143,19 @@ def backward_covariance(
     if da is not None and stride != (1, 1):
         da = Strided(da, stride)
     return da, gradients(unit, t, kept, dweight, dgamma, dbeta)
+
+
+def running_updates(
+    running: Sequence[Running | None], stats: Sequence[Stats | None], tensors: Sequence[Tensors]
+) -> list[RunningUpdate]:
+    """The pending update of each unit that has buffers; a bias belongs to the mean that BatchNorm saw."""
+    updates = []
+    for target, measured, t in zip(running, stats, tensors, strict=True):
+        if target is not None:
+            mean = measured.mean if t.bias is None else measured.mean + t.bias
+            buffers = (target.running_mean, target.running_var, target.num_batches_tracked, target.momentum)
+            updates.append(RunningUpdate(Stats(mean, measured.var), target.count, *buffers))
+    return updates
 
 
 def gradients(unit: Unit, t: Tensors, kept: Kept, dweight: Tensor | None, dgamma: Tensor, dbeta: Tensor) -> Gradients:

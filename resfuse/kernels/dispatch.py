@@ -18,7 +18,7 @@ from .interface import PRIMITIVES, Reason, Unsupported
 
 log = logging.getLogger("resfuse")
 
-ORDER = ("eager",)  # preferred first
+ORDER = ("cpu", "eager")  # preferred first
 _fallbacks: dict[tuple[str, str, str], Reason] = {}
 
 

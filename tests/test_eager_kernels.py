@@ -1,0 +1,327 @@
+"""The eager kernel set's primitives, one by one, against the formulas written plainly in float64."""
+
+import pytest
+import torch
+from units import activation
+
+from resfuse.kernels.eager import _rows
+from resfuse.kernels.interface import (
+    Affine, BNContext, BNGrad, Geometry, Masked, Norm, RunningUpdate, Second, Stats, Strided,
+)
+
+DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 16, 4, 4), (1, 65, 9, 7)]  # N, C, H, W
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def shape(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True, params=[1 << 19, 40], ids=["one chunk", "many chunks"])
+def chunk_elements(request, monkeypatch):
+    monkeypatch.setitem(_rows._CHUNK_ELEMENTS, "cpu", request.param)
+
+
+def primitive(name):
+    module = __import__(f"resfuse.kernels.eager.{name}", fromlist=[name])
+    return getattr(module, name)
+
+
+def matrix(t):
+    return t.detach().double().permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def vector(channels, dtype, seed=7):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.randn(channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(wide)
+
+
+def weight(out, in_, dtype, seed=3):
+    return torch.randn(out, in_, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def close(ours, expected, dtype, floor=1.0):
+    """Elementwise within a few roundings of the dtype, relative to the largest value."""
+    assert torch.isfinite(ours).all(), "something was not written"
+    scale = max(floor, expected.abs().max().item())
+    assert (ours.double() - expected).abs().max() <= 4 * DTYPES[dtype] * scale
+
+
+def norm_of(shape, dtype, relu=True):
+    z = activation(*shape, dtype=dtype, seed=1)
+    recipe = Norm(z, vector(shape[1], dtype, 1), vector(shape[1], dtype, 2), relu)
+    y = matrix(z) * recipe.scale.double() + recipe.shift.double()
+    return recipe, (y.relu() if relu else y).to(dtype).double()
+
+
+def masked(shape, dtype):
+    dout = activation(*shape, dtype=dtype, seed=4)
+    kept = matrix(activation(*shape, seed=5)) > 0
+    mask = torch.zeros(kept.shape[0], -(-shape[1] // 8), dtype=torch.uint8)
+    for channel in range(shape[1]):
+        mask[:, channel // 8] |= kept[:, channel].to(torch.uint8) << (channel % 8)
+    return Masked(dout, mask), matrix(dout) * kept
+
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 9, 64, 65])
+def test_mask_bits(channels):
+    kept = torch.rand(11, channels) > 0.5
+    mask = torch.full((11, -(-channels // 8)), 255, dtype=torch.uint8)
+    _rows.pack_mask(kept, mask)
+    for channel in range(8 * mask.shape[1]):
+        bit = mask[:, channel // 8] >> (channel % 8) & 1
+        assert torch.equal(bit.bool(), kept[:, channel]) if channel < channels else not bit.any()
+    assert torch.equal(_rows.unpack_mask(mask, channels), kept)
+
+
+def test_round_to_tf32():
+    x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -3.14159265, 0.0, float("inf")])
+    expected = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -3.140625, 0.0, float("inf")])
+    assert torch.equal(_rows.round_to_tf32(x), expected)
+
+
+def test_prepare(shape, dtype):
+    recipe, expected = norm_of(shape, dtype)
+    close(matrix(primitive("prepare")(recipe)), expected, dtype)
+    grad, expected = masked(shape, dtype)
+    assert torch.equal(matrix(primitive("prepare")(grad)), expected)
+    x = activation(*shape)
+    assert primitive("prepare")(x) is x
+
+
+def test_masked_infinity_is_zero():
+    dout = torch.full((1, 8, 1, 1), float("inf"))
+    g = primitive("prepare")(Masked(dout, torch.tensor([[0b00000101]], dtype=torch.uint8)))
+    assert g.flatten().tolist() == [float("inf"), 0, float("inf"), 0, 0, 0, 0, 0]
+
+
+def test_bn_stats(shape, dtype):
+    z = activation(*shape, dtype=dtype) + 30
+    mean, var = primitive("bn_stats")(z)
+    exact = DTYPES[torch.float64 if dtype == torch.float64 else torch.float32]
+    assert torch.allclose(mean.double(), matrix(z).mean(0), rtol=4 * exact)
+    assert torch.allclose(var.double(), matrix(z).var(0, correction=0), rtol=1e-4, atol=1e-6)
+
+
+def test_finalize(dtype):
+    wide = vector(5, dtype).dtype
+    stats, gamma, beta = Stats(vector(5, dtype), vector(5, dtype).abs()), vector(5, dtype, 1), vector(5, dtype, 2)
+    scale, shift, invstd = primitive("finalize")(stats, gamma.to(dtype), beta.to(dtype), 1e-3)
+    assert scale.dtype == shift.dtype == wide
+    expected = gamma.to(dtype).double() / (stats.var.double() + 1e-3).sqrt()
+    assert torch.allclose(scale.double(), expected, rtol=1e-5)
+    assert torch.allclose(shift.double(), beta.to(dtype).double() - stats.mean.double() * expected, atol=1e-5)
+    assert torch.equal(primitive("finalize")(stats, None, None, 1e-3).scale, invstd)
+
+
+GEOMETRIES = [
+    (1, Geometry((1, 1), (0, 0), (1, 1), 1)), (3, Geometry((2, 1), (1, 1), (1, 1), 1)),
+    (3, Geometry((1, 1), (2, 2), (2, 2), 2)), (1, Geometry((2, 2), (0, 0), (1, 1), 1)),
+]
+
+
+@pytest.mark.parametrize("kernel, geometry", GEOMETRIES)
+def test_conv_stats_and_conv_backward(kernel, geometry, dtype):
+    recipe, y = norm_of((2, 6, 5, 7), dtype)
+    filters = weight(8, 6 // geometry.groups * kernel**2, dtype).view(8, 6 // geometry.groups, kernel, kernel)
+    leaf = y.view(2, 5, 7, 6).permute(0, 3, 1, 2).requires_grad_()
+    filters64 = filters.double().requires_grad_()
+    expected = torch.nn.functional.conv2d(leaf, filters64, None, *geometry)
+    z, stats = primitive("conv_stats")(recipe, filters, geometry, stats=True)
+    assert z.dtype == dtype and z.is_contiguous(memory_format=torch.channels_last)
+    close(z, expected.detach(), dtype)
+    close(stats.mean, matrix(z).mean(0), torch.float32 if dtype != torch.float64 else dtype)
+    assert primitive("conv_stats")(recipe, filters, geometry, stats=False)[1] is None
+
+    dz = activation(*expected.shape, dtype=dtype, seed=9)
+    da, dfilters = torch.autograd.grad(expected, (leaf, filters64), dz.double())
+    add = activation(2, 6, 5, 7, dtype=dtype, seed=11)
+    ours, dweight = primitive("conv_backward")(dz, recipe, filters, geometry, add, (True, True))
+    close(ours, da + add.double(), dtype)
+    close(dweight, dfilters, dtype)
+    strided = Strided(add[:, :, ::2, ::3], (2, 3))
+    expected_add = torch.zeros_like(da)
+    expected_add[:, :, ::2, ::3] = add[:, :, ::2, ::3].double()
+    close(primitive("conv_backward")(dz, recipe, filters, geometry, strided, (True, False))[0], da + expected_add, dtype)
+    assert primitive("conv_backward")(dz, recipe, filters, geometry, None, (False, True))[0] is None
+
+
+def test_covariance(shape, dtype):
+    recipe, y = norm_of(shape, dtype)
+    mean, cov = primitive("covariance")(recipe)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    close(mean, y.mean(0), exact)
+    close(cov, (y - y.mean(0)).T @ (y - y.mean(0)) / len(y), exact)
+
+
+def test_covariance_keeps_digits_where_means_are_large():
+    """Channel means of 30 standard deviations: centring first keeps what an uncentred Gram matrix loses."""
+    y = activation(8, 6, 32, 32, dtype=torch.float32) + 30
+    _, cov = primitive("covariance")(y)
+    rows = matrix(y)
+    exact = (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / len(rows)
+    uncentred = rows.float().T @ rows.float() / len(rows) - rows.float().mean(0)[:, None] * rows.float().mean(0)
+    error = (cov.double() - exact).norm() / exact.norm()
+    assert error < 3e-6 < (uncentred.double() - exact).norm() / exact.norm()
+
+
+def test_expand_stats_are_the_products_statistics(shape, dtype):
+    recipe, y = norm_of(shape, dtype)
+    w = weight(9, shape[1], dtype)
+    mean, var = primitive("expand_stats")(w, *primitive("covariance")(recipe))
+    z = y @ w.double().T
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    close(mean, z.mean(0), exact)
+    close(var, z.var(0, correction=0), exact)
+    assert (var >= 0).all()
+
+
+def test_a_variance_that_cancels_is_clamped_and_nan_is_kept():
+    w, cov = torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 1 + 1e-7], [1 + 1e-7, 1.0]])
+    assert primitive("expand_stats")(w, torch.zeros(2), cov).var.item() == 0
+    assert primitive("expand_stats")(w, torch.zeros(2), cov * float("nan")).var.isnan().all()
+
+
+def residuals(shape, dtype):
+    """Each kind of residual of a [N, K, H, W] sum, and its values."""
+    n, channels, h, w = shape
+    tensor = activation(*shape, dtype=dtype, seed=21)
+    recipe, rectified = norm_of(shape, dtype)
+    linear = recipe._replace(relu=False)
+    x = activation(n, 5, 2 * h, 2 * w, dtype=dtype, seed=23)[:, :, ::2, ::2]
+    second = Second(x, weight(channels, 5, dtype), vector(channels, dtype, 24), vector(channels, dtype, 25))
+    product = matrix(x) @ second.weight.double().T * second.scale.double() + second.shift.double()
+    affine = matrix(recipe.z) * recipe.scale.double() + recipe.shift.double()
+    return {
+        "none": (None, torch.zeros(1, dtype=torch.float64)), "tensor": (tensor, matrix(tensor)),
+        "norm": (linear, affine), "rectified": (recipe, affine.relu()), "second": (second, product),
+    }
+
+
+@pytest.mark.parametrize("kind", ["none", "tensor", "norm", "rectified", "second"])
+def test_expand_and_apply(kind, shape, dtype):
+    channels = 11
+    out_shape = (shape[0], channels, *shape[2:])
+    residual, value = residuals(out_shape, dtype)[kind]
+    recipe, y = norm_of(shape, dtype)
+    w, scale, shift = weight(channels, shape[1], dtype), vector(channels, dtype, 4), vector(channels, dtype, 5)
+    out, mask = primitive("expand")(recipe, w, scale, shift, residual, True)
+    close(matrix(out), (y @ w.double().T * scale.double() + shift.double() + value).relu(), dtype)
+    check_mask(out, mask)
+    assert primitive("expand")(recipe, w, scale, shift, residual, False)[1] is None
+
+    main, _ = norm_of(out_shape, dtype)
+    expected = matrix(main.z) * main.scale.double() + main.shift.double() + value
+    out, mask = primitive("apply")(main, residual, relu=True, want_mask=True)
+    close(matrix(out), expected.relu(), dtype)
+    check_mask(out, mask)
+    close(matrix(primitive("apply")(main, residual, relu=False, want_mask=False)[0]), expected, dtype)
+
+
+def check_mask(out, mask):
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(_rows.unpack_mask(mask, out.shape[1]), ~(matrix(out) <= 0))
+
+
+def test_mask_is_taken_of_the_rounded_values():
+    """A positive sum that underflows in float16 is stored as 0, and passes no gradient."""
+    z = torch.full((1, 8, 1, 1), 1e-3, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    out, mask = primitive("apply")(Norm(z, torch.full((8,), 1e-6), torch.zeros(8)), None, relu=True, want_mask=True)
+    assert not out.any() and not mask.any()
+
+
+def test_nan_keeps_its_bit():
+    z = torch.tensor([float("nan"), float("inf"), -float("inf"), -1.0]).view(1, 4, 1, 1)
+    out, mask = primitive("apply")(Norm(z, torch.ones(4), torch.zeros(4)), None, relu=True, want_mask=True)
+    assert out.flatten()[0].isnan() and out.flatten()[1:].tolist() == [float("inf"), 0, 0]
+    assert mask.tolist() == [[0b0011]]
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_backward_of_the_expansion(centred, shape, dtype):
+    """expand_products, expand_coefficients and expand_dgrad together are autograd's gradients of the BatchNorm of a
+    product; frozen statistics are the uncentred case."""
+    channels = 9
+    recipe, y = norm_of(shape, dtype)
+    g_recipe, g = masked((shape[0], channels, *shape[2:]), dtype)
+    w, scale = weight(channels, shape[1], dtype), vector(channels, dtype, 4)
+    affine = Affine(scale, vector(channels, dtype, 5), vector(channels, dtype, 6).abs() + 0.1)
+    wg = primitive("scale_weight")(w, scale)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    close(wg, w.double() * scale.double()[:, None], dtype)
+
+    mean, cov = primitive("covariance")(recipe) if centred else (None, None)
+    products, total, u = primitive("expand_products")(g_recipe, recipe, mean, wg)
+    expected = g.T @ (y - mean.double() if centred else y)
+    assert products.dtype == total.dtype == exact
+    close(products, expected, exact)
+    close(total, g.sum(0), exact)
+    close(matrix(u), g @ wg.double(), exact)
+    assert primitive("expand_products")(g_recipe, recipe, mean, None)[2] is None
+
+    q = c = None
+    count, da = len(y), g @ wg.double()
+    if centred:
+        dgamma, dweight, q, c = primitive("expand_coefficients")(products, total, w, wg, mean, cov, affine, count)
+        inv, s, w64 = affine.invstd.double(), scale.double(), w.double()
+        expected_dgamma = inv * (expected * w64).sum(1)
+        close(dgamma, expected_dgamma, exact)
+        close(dweight, s[:, None] * (expected - (expected_dgamma * inv)[:, None] * (w64 @ cov.double())), exact)
+        close(q, w64.T @ (w64 * (s * inv * expected_dgamma / count)[:, None]), dtype)
+        close(c, g.sum(0) / count @ wg.double() - mean.double() @ q.double(), exact)
+        da = da - y @ q.double() - c.double()
+    for relu in (True, False):
+        expected_da = da * (y > 0) if relu else da
+        close(matrix(primitive("expand_dgrad")(g_recipe, u, recipe, wg, q, c, relu)), expected_da, dtype)
+        close(matrix(primitive("expand_dgrad")(g_recipe, None, recipe, wg, q, c, relu)), expected_da, dtype)
+
+
+@pytest.mark.parametrize("batch", [True, False], ids=["batch", "constant"])
+@pytest.mark.parametrize("relu", [True, False])
+def test_bn_backward(batch, relu, dtype):
+    shape = (3, 10, 4, 5)
+    recipe, y = norm_of(shape, dtype)
+    z, dy = recipe.z, activation(*shape, dtype=dtype, seed=31)
+    stats = primitive("bn_stats")(z) if batch else Stats(vector(10, dtype, 8), vector(10, dtype, 9).abs() + 0.5)
+    gamma = vector(10, dtype, 10)
+    invstd = (stats.var + 1e-5).rsqrt()
+    context = BNContext(stats.mean, invstd, gamma, batch)
+    dz, dgamma, dbeta = primitive("bn_backward")(dy, recipe if relu else None, z, context)
+
+    g = matrix(dy) * (y > 0) if relu else matrix(dy)
+    zhat = (matrix(z) - stats.mean.double()) * invstd.double()
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    close(dbeta, g.sum(0), exact)
+    close(dgamma, (g * zhat).sum(0), exact)
+    scale = (gamma * invstd).double()
+    expected = scale * (g - g.mean(0) - zhat * (g * zhat).mean(0)) if batch else scale * g
+    close(matrix(dz), expected, dtype)
+    if not relu:
+        sums = primitive("bn_reduce")(dy, z, stats.mean, invstd)
+        assert torch.equal(sums[0], dbeta) and torch.equal(sums[1], dgamma)
+        if batch:
+            slope = (dgamma * invstd / len(g)).to(invstd.dtype)
+            recipe = BNGrad(dy, z, stats.mean, gamma * invstd, dbeta / len(g), slope)
+            close(matrix(primitive("bn_dgrad")(recipe)), expected, dtype)
+            close(matrix(primitive("prepare")(recipe)), expected, dtype)
+
+
+def test_update_running_as_torch_does(dtype):
+    z = activation(2, 6, 3, 3, dtype=torch.float64)
+    for momentum in (0.1, None):
+        torch_norm = torch.nn.BatchNorm2d(6, momentum=momentum).double()
+        mean, var, tracked = torch.zeros(6, dtype=dtype), torch.ones(6, dtype=dtype), torch.tensor(0)
+        for step in range(3):
+            torch_norm(z + step)
+            stats = Stats((matrix(z) + step).mean(0), matrix(z).var(0, correction=0))
+            primitive("update_running")([RunningUpdate(stats, 18, mean, var, tracked, momentum)])
+        assert tracked == 3 and mean.dtype == dtype
+        close(mean, torch_norm.running_mean, dtype)
+        close(var, torch_norm.running_var, dtype)
