@@ -20,6 +20,7 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 INSTALL = "pip install --no-build-isolation ."
 RELEASE_ARCHS = ("8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0", "8.0+PTX")
+TOOLKIT_PARTS = ("bin/nvcc", "include/cuda_runtime_api.h")  # a wrapper on PATH leads to a folder without the second
 # No contraction to fused multiply-add: the same bits on every instruction set.
 CXX_FLAGS = [
     "-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
@@ -57,8 +58,8 @@ def cuda_plan(torch) -> tuple[list[str], str | None]:
         why = "this version of resfuse has no CUDA sources"
     elif torch.version.cuda is None:
         why = f"torch {torch.__version__} was built without CUDA"
-    elif CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
-        why = "no CUDA toolkit was found; set CUDA_HOME to its root"
+    elif CUDA_HOME is None or not all((Path(CUDA_HOME) / part).exists() for part in TOOLKIT_PARTS):
+        why = f"{CUDA_HOME or 'this machine'} holds no CUDA toolkit; set CUDA_HOME to the root of one"
     elif wanted == "auto" and not (named or local_archs(torch)):
         why = "there is no GPU here; RESFUSE_CUDA=1 builds for the release architectures"
     if why and wanted == "1":
