@@ -13,27 +13,28 @@ import torch
 from torch import Tensor, nn
 
 
-def saved_bytes(forward: Callable[[], object], model: nn.Module, exclude: Iterable[Tensor] = ()) -> int:
+def saved_bytes(forward: Callable[[], Tensor | Iterable[Tensor]], model: nn.Module, exclude: Iterable[Tensor] = ()) -> int:
     """Bytes of all storages that autograd saves while `forward()` runs, each storage counted once and whole.
 
-    Left out are the storages of the model's parameters and buffers and of `exclude` (a block's input is the output of
-    the block before, and counted there). Tensors that a Function keeps on its context without `save_for_backward`
+    The tensors that `forward` returns count too: the block after this one keeps them as its input. Left out are the
+    storages of the model's parameters and buffers and of `exclude` (a block's own input, counted with the block
+    before). Tensors that a Function keeps on its context without `save_for_backward`
     escape the count; `peak_bytes` sees them.
     """
-    ignored = {_storage(t).data_ptr() for t in (*model.parameters(), *model.buffers(), *exclude)}
+    ignored = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *exclude)}
     held: dict[int, torch.UntypedStorage] = {}  # held until the end: a freed address could come again
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = _storage(tensor)
+        storage = tensor.untyped_storage()
         if storage.data_ptr() not in ignored:
             held[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
-    total = sum(storage.nbytes() for storage in held.values())
-    del result
-    return total
+    for tensor in result if not isinstance(result, Tensor) else [result]:
+        pack(tensor)
+    return sum(storage.nbytes() for storage in held.values())
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -> int:
@@ -73,7 +74,3 @@ def _memory_events(profile: torch.profiler.profile) -> list[tuple[float, int]]:
         for event in events
         if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0
     ]
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()

@@ -53,7 +53,7 @@ def interleave(
     clock = _cuda_clock(torch.device(device)) if torch.device(device).type == "cuda" else _wall_clock
     names, start = list(calls), time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in names}
-    longest = 0.0
+    longest = 0.0  # of the rounds that count: a warm-up may compile
     for index in range(warmup + maximum):
         began = time.perf_counter()
         shift = index % len(names)
@@ -61,9 +61,10 @@ def interleave(
             seconds = clock(calls[name])
             if index >= warmup:
                 times[name].append(seconds)
-        now = time.perf_counter()
-        longest, used, done = max(longest, now - began) if index >= warmup else 0.0, now - start, index + 1 - warmup
+        used, done = time.perf_counter() - start, index + 1 - warmup
         progress(min(1.0, max(used / budget, done / maximum)))
+        if done > 0:
+            longest = max(longest, time.perf_counter() - began)
         if done >= minimum and used + longest > budget:
             break
     return times
