@@ -95,9 +95,14 @@ def make_block(
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.channels_last,
     device: torch.device | str = "cpu",
+    kinks: bool = True,
 ) -> nn.Module:
     """torchvision's Bottleneck in training mode, with random BatchNorm parameters (some gammas negative) and
-    running statistics."""
+    running statistics.
+
+    kinks False: betas so large that each ReLU passes or blocks a whole channel; no rounding flips one, so errors are
+    rounding alone and vary little from seed to seed.
+    """
     from torchvision.models.resnet import Bottleneck
 
     planes = case.out_channels // Bottleneck.expansion
@@ -119,6 +124,9 @@ def make_block(
                 _randomise(module)
             elif isinstance(module, nn.Conv2d) and case.bias:
                 module.bias = nn.Parameter(torch.randn(module.out_channels))
+        if not kinks:
+            for bn, distance in ((block.bn1, 8.0), (block.bn2, 8.0), (block.bn3, 16.0)):
+                _without_kinks(bn, distance)
     return block.to(device=device, dtype=dtype, memory_format=memory_format)
 
 
@@ -155,3 +163,11 @@ def _randomise(bn: nn.BatchNorm2d) -> None:
         bn.bias.normal_(0.0, 0.3)
         bn.running_mean.normal_(0.0, 0.2)
         bn.running_var.uniform_(0.5, 1.5)
+
+
+def _without_kinks(bn: nn.BatchNorm2d, distance: float) -> None:
+    """Put each channel's values `distance` or so from zero, half of the channels on either side."""
+    with torch.no_grad():
+        bn.weight.uniform_(0.5, 1.0)
+        blocked = torch.randperm(bn.num_features) < bn.num_features // 2
+        bn.bias.copy_(torch.where(blocked, -distance, distance))

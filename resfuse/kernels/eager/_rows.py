@@ -29,9 +29,11 @@ def empty_image(like: Tensor, channels: int) -> Tensor:
     return torch.empty((n, channels, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def chunks(count: int, channels: int, device: torch.device) -> Iterator[slice]:
-    """Row slices whose widest matrix has about the elements that suit the device."""
-    step = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 19) // channels)
+def chunks(count: int, channels: int, device: torch.device, most: int | None = None) -> Iterator[slice]:
+    """Row slices whose widest matrix has about the elements that suit the device, and on a CPU `most` rows."""
+    step = max(1, _CHUNK_ELEMENTS[device.type] // channels)
+    if most is not None and device.type == "cpu":
+        step = min(step, most)
     return (slice(i, min(i + step, count)) for i in range(0, count, step))
 
 

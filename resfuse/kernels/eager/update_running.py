@@ -30,4 +30,4 @@ def update_running(updates: Sequence[RunningUpdate]) -> None:
 
 
 def _towards(buffer: torch.Tensor, target: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
-    return (buffer * (1 - factor)).to(target.dtype) + target * factor
+    return buffer.to(target.dtype) * (1 - factor) + target * factor

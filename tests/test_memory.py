@@ -1,0 +1,88 @@
+"""What a fused block keeps for backward: the product's promise, in units of one [M, w] activation."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+
+import resfuse
+from resfuse.testing.cases import BottleneckCase, make_block, make_input
+from resfuse.testing.memory import saved_bytes
+
+# Identity blocks at the four stages' channels with M = 16 w rows, the fewest that the promise speaks of.
+STAGES = [BottleneckCase(f"stage{i}", 4 * w, w, 4 * w, h, batch=16 * w // h**2)
+          for i, (w, h) in enumerate(((64, 32), (128, 32), (256, 32), (512, 32)), 1)]
+LIMITS = {torch.bfloat16: 6.3, torch.float16: 6.3, torch.float32: 6.2}
+
+
+def units(case, block, dtype):
+    """The block's output counts, being what the next block keeps; its input was counted by the block before."""
+    x = make_input(case, dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype != torch.float32):
+        kept = saved_bytes(lambda: block(x), block, [x])
+    return kept / case.unit_bytes(x.element_size())
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("case", STAGES[:2], ids=lambda case: case.name)
+def test_an_identity_bottleneck(case, dtype):
+    check_identity(case, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("case", STAGES[2:], ids=lambda case: case.name)
+def test_a_wide_identity_bottleneck(case, dtype):
+    check_identity(case, dtype)
+
+
+def check_identity(case, dtype):
+    assert case.rows == 16 * case.width
+    fused = units(case, resfuse.fuse(make_block(case)), dtype)
+    # z1, z2, out and a bit for each of its values.
+    bits = 0.25 if dtype != torch.float32 else 0.125
+    assert 6 + bits <= fused <= LIMITS[dtype]
+
+
+def test_eager_keeps_twelve():
+    """The comparison's own ground: eager keeps z1, y1, z2, y2, z3 and out beside its input."""
+    assert units(STAGES[0], make_block(STAGES[0]), torch.float32) == pytest.approx(12, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 0.55), (torch.bfloat16, 0.51)], ids=str)
+def test_resnet50_batch_8(dtype, limit):
+    """224 px, stem and head included (they are still eager)."""
+    eager = torchvision.models.resnet50().to(memory_format=torch.channels_last)
+    x = torch.randn(8, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    kept = []
+    for model in (eager, resfuse.fuse(copy.deepcopy(eager))):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            kept.append(saved_bytes(lambda model=model: model(x), model))
+    assert kept[1] <= limit * kept[0]
+
+
+def test_a_block_whose_products_would_cost_too_much_keeps_no_more():
+    """Few rows: the wide product is recomputed, not stored."""
+    case = BottleneckCase("few rows", 256, 64, 256, 5, batch=2)
+    block = resfuse.fuse(make_block(case))
+    assert resfuse.functional.covariance_from(resfuse.blocks.bottleneck.convs(block))[2] > case.rows
+    assert units(case, block, torch.float32) < 6.7  # vectors of few rows
+
+
+def test_nothing_is_kept_without_gradients():
+    block, x = resfuse.fuse(make_block(STAGES[0])), make_input(STAGES[0])
+    out = x.numel() * x.element_size()
+    with torch.no_grad():
+        assert saved_bytes(lambda: block(x), block) == out
+    for parameter in block.parameters():
+        parameter.requires_grad_(False)
+    assert saved_bytes(lambda: block(x), block) == out
+
+
+def test_nchw_keeps_the_input_itself():
+    """The channels_last copies of an NCHW input and output live within each direction only."""
+    case = STAGES[0]
+    block = resfuse.fuse(make_block(case, memory_format=torch.contiguous_format))
+    x = make_input(case, memory_format=torch.contiguous_format).requires_grad_()
+    assert saved_bytes(lambda: block(x), block, [x]) / case.unit_bytes(4) <= LIMITS[torch.float32]
