@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 
-def saved_bytes(forward: Callable[[], Tensor | Iterable[Tensor]], model: nn.Module, exclude: Iterable[Tensor] = ()) -> int:
+def saved_bytes(
+    forward: Callable[[], Tensor | Iterable[Tensor]], model: nn.Module, exclude: Iterable[Tensor] = ()
+) -> int:
     """Bytes of all storages that autograd saves while `forward()` runs, each storage counted once and whole.
 
     The tensors that `forward` returns count too: the block after this one keeps them as its input. Left out are the
     storages of the model's parameters and buffers and of `exclude` (a block's own input, counted with the block
-    before). Tensors that a Function keeps on its context without `save_for_backward`
-    escape the count; `peak_bytes` sees them.
+    before). Tensors that a Function keeps on its context without `save_for_backward` escape the count; `peak_bytes`
+    sees them.
     """
     ignored = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *exclude)}
     held: dict[int, torch.UntypedStorage] = {}  # held until the end: a freed address could come again
