@@ -18,8 +18,7 @@ from .kernels.interface import Reason, Unsupported
 
 LAYOUT = Reason(
     "layout_nchw",
-    "convolution weights are NCHW, so activations are converted at every block; "
-    "faster: model.to(memory_format=torch.channels_last)",
+    "convolution weights are NCHW; faster: model.to(memory_format=torch.channels_last) and inputs alike",
 )
 
 

@@ -84,9 +84,9 @@ def bottleneck(
     flat = [t for c in convs for t in _tensors(c)]
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
     channels_last = any(_suggests_channels_last(t) for t in (x, *(c.weight for c in convs[:3])))
-    out_format = torch.channels_last if channels_last else torch.contiguous_format
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     running = tuple(_running(c, count) for c, count in zip(convs, pixels, strict=True))
-    spec = Spec(unit_list, running, backend, differentiable, out_format)
+    spec = Spec(unit_list, running, backend, differentiable, layout)
     return BottleneckFunction.apply(spec, x.to(dtype), *flat)
 
 

@@ -102,11 +102,13 @@ def test_equals_autograd_in_float64(
     compare(convs, activation(n, outer, h, w, channels_last=channels_last), tolerance=1e-8)
 
 
-def test_several_chunks_of_rows(form, monkeypatch, poisoned):
+def test_several_parts_of_rows(form, monkeypatch, poisoned):
     from resfuse.kernels.eager import _rows
 
-    monkeypatch.setitem(_rows._CHUNK_ELEMENTS, "cpu", 64)
-    compare(bottleneck(shortcut="projection", stride=2, out_channels=12), activation(3, 8, 7, 5))
+    monkeypatch.setitem(_rows._PART_ELEMENTS, "cpu", 64)
+    for channels_last in (True, False):
+        x = activation(3, 8, 7, 5, channels_last=channels_last)
+        compare(bottleneck(shortcut="projection", stride=2, out_channels=12), x)
 
 
 @pytest.mark.parametrize("missing", ["x", "weights", "first", "all but the last", "all"])

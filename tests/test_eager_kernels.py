@@ -24,9 +24,9 @@ def shape(request):
     return request.param
 
 
-@pytest.fixture(autouse=True, params=[1 << 19, 40], ids=["one chunk", "many chunks"])
-def chunk_elements(request, monkeypatch):
-    monkeypatch.setitem(_rows._CHUNK_ELEMENTS, "cpu", request.param)
+@pytest.fixture(autouse=True, params=[1 << 19, 40], ids=["one part", "many parts"])
+def part_elements(request, monkeypatch):
+    monkeypatch.setitem(_rows._PART_ELEMENTS, "cpu", request.param)
 
 
 def primitive(name):
@@ -78,7 +78,7 @@ def test_mask_bits(channels):
     for channel in range(8 * mask.shape[1]):
         bit = mask[:, channel // 8] >> (channel % 8) & 1
         assert torch.equal(bit.bool(), kept[:, channel]) if channel < channels else not bit.any()
-    assert torch.equal(_rows.unpack_mask(mask, channels), kept)
+    assert torch.equal(_rows.unpack_mask(mask, channels, torch.bool), kept)
 
 
 def test_round_to_tf32():
@@ -227,7 +227,7 @@ def test_expand_and_apply(kind, shape, dtype):
 
 def check_mask(out, mask):
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(_rows.unpack_mask(mask, out.shape[1]), ~(matrix(out) <= 0))
+    assert torch.equal(_rows.unpack_mask(mask, out.shape[1], torch.bool), ~(matrix(out) <= 0))
 
 
 def test_mask_is_taken_of_the_rounded_values():

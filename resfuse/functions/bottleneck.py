@@ -27,13 +27,13 @@ KEPT_PER_UNIT = len(Kept._fields)
 
 class Spec(NamedTuple):
     """What is static in one call. units: conv1, conv2, conv3 and, if the shortcut is a projection, its own;
-    running: the buffers that each unit's statistics update, None for none."""
+    running: the buffers that each unit's statistics update, None for none; layout: the activations' memory format."""
 
     units: tuple[Unit, ...]
     running: tuple[Running | None, ...]
     backend: str
     differentiable: bool
-    out_format: torch.memory_format
+    layout: torch.memory_format
 
 
 class Saved(NamedTuple):
@@ -59,7 +59,7 @@ class BottleneckFunction(torch.autograd.Function):
         k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             out, saved, stats = _forward(k, spec, x, tensors)
-            out = out.contiguous(memory_format=spec.out_format)
+            out = out.contiguous(memory_format=spec.layout)  # one-channel activations inside have both layouts
             k.update_running(units.running_updates(spec.running, stats, tensors))
         if spec.differentiable:
             kept = [t for unit in saved.kept for t in unit]
@@ -80,6 +80,7 @@ class BottleneckFunction(torch.autograd.Function):
                 out = composite.bottleneck(x, spec.units, tensors)
                 return None, *composite.differentiable_gradients(out, dout, [x, *flat])
             dx, grads = _backward(ctx.kernels, spec, tensors, saved, dout, ctx.needs_input_grad[1], needs)
+            dx = None if dx is None else dx.contiguous(memory_format=spec.layout)
         found = [g for group in grads for g in (*group, None, None)]
         wanted = [g if need else None for g, need in zip(found, ctx.needs_input_grad[2:], strict=True)]
         return None, dx, *wanted
@@ -88,7 +89,7 @@ class BottleneckFunction(torch.autograd.Function):
 def _forward(k, spec: Spec, x: Tensor, tensors: tuple[Tensors, ...]):
     dtype = x.dtype
     conv1, conv2, conv3, *projection = zip(spec.units, tensors, strict=True)
-    xs = x.contiguous(memory_format=torch.channels_last)
+    xs = x.contiguous(memory_format=spec.layout)
 
     norm1, stats1, kept1 = units.forward(k, *conv1, xs, dtype)
     y1 = k.prepare(norm1._replace(relu=True))
@@ -114,8 +115,7 @@ def _backward(
 ) -> tuple[Tensor | None, list[Gradients]]:
     (unit1, unit2, unit3, *_), (t1, t2, t3, *_), (kept1, kept2, kept3, *_) = spec.units, tensors, saved.kept
     none = Gradients(None, None, None, None)
-    x = saved.x.contiguous(memory_format=torch.channels_last)
-    dout = dout.contiguous(memory_format=torch.channels_last)
+    x, dout = (t.contiguous(memory_format=spec.layout) for t in (saved.x, dout))
     needs_z1 = needs_x or needs[0]
     needs_z2 = needs_z1 or needs[1]
     g = k.prepare(Masked(dout, saved.mask))
@@ -147,8 +147,6 @@ def _backward(
     del dy1, y1
     dx, dweight1 = _conv_backward(k, unit1, t1, dz1, x, add, (needs_x, needs[0]))
     grads1 = units.gradients(unit1, t1, kept1, dweight1, dgamma1, dbeta1)
-    if dx is not None and not saved.x.is_contiguous(memory_format=torch.channels_last):
-        dx = dx.contiguous(memory_format=spec.out_format)
     return dx, [grads1, grads2, grads3, *shortcut]
 
 

@@ -1,4 +1,4 @@
-"""Row matrices, chunks, masks and rounding: what the primitives of this set share."""
+"""Row matrices part by part, masks and rounding: what the primitives of this set share."""
 
 from collections.abc import Iterator
 
@@ -7,49 +7,67 @@ from torch import Tensor
 
 from ..interface import wide
 
-# A chunk of rows is worked on in wide precision while it stays in cache; a GPU takes larger ones to fill itself.
-_CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
-_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
+# A part is worked on in wide precision while it stays in cache; a GPU takes larger ones to fill itself.
+_PART_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+_OCTETS = torch.tensor([[octet >> bit & 1 for bit in range(8)] for octet in range(256)], dtype=torch.int8)
 _GATHER_BITS = 0x0102040810204080  # times eight 0/1 bytes: bit j of the top byte is byte j
 
 
-def rows(t: Tensor) -> Tensor:
-    """[N, C, H, W] as [N*H*W, C]; a view if t is dense in channels_last, a copy if it is a strided view."""
-    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+def dense(t: Tensor) -> Tensor:
+    """t, or a copy of it, whose memory is channels_last or contiguous without gaps."""
+    if t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last):
+        return t
+    return t.contiguous(memory_format=torch.channels_last if t.stride(1) == 1 else torch.contiguous_format)
 
 
-def image(r: Tensor, like: Tensor) -> Tensor:
-    """Rows [M, K] as [N, K, H, W] in channels_last, with N, H, W of `like`."""
+def layout(t: Tensor) -> torch.memory_format:
+    """The memory format of a dense tensor."""
+    return torch.channels_last if t.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+
+
+def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised [N, channels, H, W] with like's N, H, W, layout and, unless given, dtype."""
     n, _, h, w = like.shape
-    return r.view(n, h, w, r.shape[1]).permute(0, 3, 1, 2)
+    return torch.empty((n, channels, h, w), dtype=dtype or like.dtype, device=like.device, memory_format=layout(like))
 
 
-def empty_image(like: Tensor, channels: int) -> Tensor:
-    n, _, h, w = like.shape
-    return torch.empty((n, channels, h, w), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def parts(*tensors: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each tensor, part by part, as matrices [rows, channels].
 
-
-def chunks(count: int, channels: int, device: torch.device, most: int | None = None) -> Iterator[slice]:
-    """Row slices whose widest matrix has about the elements that suit the device, and on a CPU `most` rows."""
-    step = max(1, _CHUNK_ELEMENTS[device.type] // channels)
-    if most is not None and device.type == "cpu":
+    4-d tensors [N, C, H, W] are read as rows of channels, 2-d ones (masks) have those rows already. Dense tensors give
+    views, to be written through as well; contiguous (NCHW) ones a sample at a time, with columns running in memory.
+    most: on a CPU, no more rows than this.
+    """
+    tensors = tuple(dense(t) if t.dim() == 4 else t for t in tensors)
+    images = [t for t in tensors if t.dim() == 4]
+    step = max(1, _PART_ELEMENTS[images[0].device.type] // max(t.shape[1] for t in images))
+    if most is not None and images[0].device.type == "cpu":
         step = min(step, most)
-    return (slice(i, min(i + step, count)) for i in range(0, count, step))
+    (n, _, h, w), pixels = images[0].shape, images[0].shape[2] * images[0].shape[3]
+    samples = n if all(layout(t) == torch.channels_last for t in images) else 1
+    for first in range(0, n, samples):
+        matrices = [
+            t[first : first + samples].permute(0, 2, 3, 1).view(samples * pixels, t.shape[1]) if t.dim() == 4
+            else t[first * pixels : (first + samples) * pixels]
+            for t in tensors
+        ]
+        for i in range(0, samples * pixels, step):
+            yield tuple(m[i : i + step] for m in matrices)
 
 
 def pack_mask(positive: Tensor, into: Tensor) -> None:
     """bool [M, K] into uint8 [M, ceil(K/8)]: channel 8i+j is bit j, padding bits 0."""
-    count, channels = positive.shape
+    channels = positive.shape[1]
     if channels % 8:
         positive = torch.nn.functional.pad(positive, (0, -channels % 8))
     octets = positive.contiguous().view(torch.int64)  # little-endian: byte j is channel 8i+j
     into.copy_((octets * _GATHER_BITS >> 56) & 0xFF)
 
 
-def unpack_mask(mask: Tensor, channels: int) -> Tensor:
-    """uint8 [M, ceil(K/8)] as bool [M, K]."""
-    bits = torch.tensor(_BITS, dtype=torch.uint8, device=mask.device)
-    return (mask.unsqueeze(-1) & bits).ne(0).flatten(1)[:, :channels]
+def unpack_mask(mask: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """uint8 [M, ceil(K/8)] as [M, K] of 0 and 1."""
+    table = _OCTETS.to(mask.device, dtype)  # a look-up is several times faster than testing bits
+    return table.index_select(0, mask.flatten().int()).view(mask.shape[0], -1)[:, :channels]
 
 
 def tf32_products(t: Tensor) -> bool:
@@ -70,9 +88,14 @@ def round_to_tf32(t: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices in storage dtype (or already wide), accumulated and returned wide."""
-    if a.dtype == wide(a.dtype):
-        return a @ b.to(a.dtype)
-    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    """a @ b of matrices in storage dtype (or already wide), accumulated and returned wide; laid out as a is."""
+    if a.stride(0) == 1 < a.stride(1):
+        return _multiply(b.t(), a.t()).t()
+    return _multiply(a, b)
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    exact = wide(a.dtype) if a.dtype == b.dtype else torch.promote_types(a.dtype, b.dtype)
+    if a.is_cuda and a.dtype == b.dtype != exact and hasattr(torch.ops.aten.mm, "dtype"):
+        return torch.mm(a, b, out_dtype=exact)
+    return a.to(exact) @ b.to(exact)

@@ -5,40 +5,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..interface import Norm, Residual, Second, wide
-from ._rows import chunks, empty_image, pack_mask, product, rows
+from ..interface import Norm, Residual, Second
+from ._rows import empty_image, pack_mask, parts, product
 
 
-def _reader(residual: Residual) -> Callable[[slice], Tensor] | None:
-    """A function that gives the residual's values for a slice of rows."""
-    if residual is None:
-        return None
+def _residual(residual: Residual) -> tuple[Tensor | None, Callable[[Tensor], Tensor]]:
+    """The tensor that holds a residual's rows, and the function from rows to values to add."""
     if isinstance(residual, Norm):
-        z = rows(residual.z)
-        def read(part: slice) -> Tensor:
-            y = (z[part] * residual.scale).add_(residual.shift)
+        def value(z: Tensor) -> Tensor:
+            y = (z * residual.scale).add_(residual.shift)
             return y.relu_() if residual.relu else y
-        return read
+        return residual.z, value
     if isinstance(residual, Second):
-        x, weight = rows(residual.x), residual.weight.t()
-        return lambda part: product(x[part], weight).mul_(residual.scale).add_(residual.shift)
-    return rows(residual).__getitem__
+        weight = residual.weight.t()
+        return residual.x, lambda x: product(x, weight).mul_(residual.scale).add_(residual.shift)
+    return residual, lambda rows: rows
 
 
 def write_sum(
-    main: Callable[[slice], Tensor], like: Tensor, channels: int, residual: Residual, relu: bool, want_mask: bool
+    source: Tensor, main: Callable[[Tensor], Tensor], channels: int, residual: Residual, relu: bool, want_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """out = act(main + residual) chunk by chunk; `main` gives fresh wide [rows, channels]; N, H, W of `like`."""
-    out = empty_image(like, channels)
-    r = rows(out)
-    mask = r.new_empty((r.shape[0], -(-channels // 8)), dtype=torch.uint8) if want_mask else None
-    read = _reader(residual)
-    for part in chunks(r.shape[0], channels, r.device):
+    """out = act(main(source) + residual), part by part; `main` gives fresh wide [rows, channels]."""
+    out = empty_image(source, channels)
+    pixels = out.numel() // channels
+    mask = out.new_empty((pixels, -(-channels // 8) if want_mask else 0), dtype=torch.uint8)
+    held, value = _residual(residual)
+    for out_part, mask_part, part, *other in parts(out, mask, source, *([] if held is None else [held])):
         y = main(part)
-        assert y.dtype == wide(r.dtype)
-        if read is not None:
-            y.add_(read(part))
-        r[part] = y.relu_() if relu else y
+        if other:
+            y.add_(value(other[0]))
+        out_part.copy_(y.relu_() if relu else y)
         if want_mask:
-            pack_mask((r[part] <= 0).logical_not_(), mask[part])
-    return out, mask
+            pack_mask((out_part <= 0).logical_not_(), mask_part)
+    return out, mask if want_mask else None

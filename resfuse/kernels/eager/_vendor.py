@@ -1,4 +1,4 @@
-"""The vendor's convolutions (oneDNN, cuDNN) through ATen, in channels_last.
+"""The vendor's convolutions (oneDNN, cuDNN) through ATen, in the layout of the activations.
 
 A CPU without 16-bit dot products runs 16-bit convolutions several times slower than float32 ones; there the
 operands are widened first. The products are the same numbers, rounded once more seldom.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..interface import Geometry
+from ._rows import dense, layout
 
 
 @cache
@@ -26,22 +27,23 @@ def _compute_dtype(t: Tensor) -> torch.dtype:
 
 
 def conv(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """x [N, C, H, W], weight [K, C/groups, R, S] -> [N, K, P, Q], all channels_last, in x's dtype."""
-    compute = _compute_dtype(x)
-    z = torch.nn.functional.conv2d(
-        x.to(compute), weight.to(compute, memory_format=torch.channels_last), None, *geometry
-    )
-    return z.to(x.dtype, memory_format=torch.channels_last)
+    """x [N, C, H, W], weight [K, C/groups, R, S] -> [N, K, P, Q] in x's dtype and layout."""
+    x = dense(x)
+    compute, memory_format = _compute_dtype(x), layout(x)
+    weight = weight.to(compute, memory_format=memory_format)
+    z = torch.nn.functional.conv2d(x.to(compute), weight, None, *geometry)
+    return z.to(x.dtype, memory_format=memory_format)
 
 
 def conv_grads(
     dz: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx in x's dtype, dweight) of `conv`; dweight is float32 where the operands were widened."""
-    compute = _compute_dtype(x)
+    x = dense(x)
+    compute, memory_format = _compute_dtype(x), layout(x)
     stride, padding, dilation, groups = geometry
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dz.to(compute), x.to(compute), weight.to(compute, memory_format=torch.channels_last), None,
+        dz.to(compute), x.to(compute), weight.to(compute, memory_format=memory_format), None,
         stride, padding, dilation, False, [0, 0], groups, [*needs, False],
     )
-    return dx.to(x.dtype, memory_format=torch.channels_last) if needs[0] else None, dweight
+    return dx.to(x.dtype, memory_format=memory_format) if needs[0] else None, dweight

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ._rows import dense
+
 
 def bn_reduce(dy: Tensor, z: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     _, dgamma, dbeta = native_backward(dy, z, None, mean, invstd, (False, True, True))
@@ -13,6 +15,6 @@ def native_backward(
     dy: Tensor, z: Tensor, gamma: Tensor | None, mean: Tensor, invstd: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dz, dgamma, dbeta) of BatchNorm with batch statistics, by torch's kernel."""
-    dy, z = (t.contiguous(memory_format=torch.channels_last) for t in (dy, z))
+    dy, z = dense(dy), dense(z)
     gamma = torch.ones_like(mean) if gamma is None else gamma.to(mean.dtype)
     return torch.ops.aten.native_batch_norm_backward(dy, z, gamma, None, None, mean, invstd, True, 0.0, needs)

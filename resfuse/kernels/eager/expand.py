@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..interface import Act, Residual
-from ._rows import product, rows
+from ._rows import dense, product
 from ._sum import write_sum
 from .prepare import prepare
 
@@ -11,10 +11,7 @@ from .prepare import prepare
 def expand(
     a: Act, weight: Tensor, scale: Tensor, shift: Tensor, residual: Residual, want_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
-    a = prepare(a)
-    y, w = rows(a), weight.t()
+    def main(y: Tensor) -> Tensor:
+        return product(y, weight.t()).mul_(scale).add_(shift)
 
-    def main(part: slice) -> Tensor:
-        return product(y[part], w).mul_(scale).add_(shift)
-
-    return write_sum(main, a, weight.shape[0], residual, True, want_mask)
+    return write_sum(dense(prepare(a)), main, weight.shape[0], residual, True, want_mask)

@@ -4,21 +4,20 @@ import torch
 from torch import Tensor
 
 from ..interface import Act, Grad, wide
-from ._rows import chunks, empty_image, product, rows
+from ._rows import dense, empty_image, parts, product
 from .prepare import prepare
 
 
 def expand_dgrad(
     g: Grad, u: Tensor | None, a: Act, wg: Tensor, q: Tensor | None, c: Tensor | None, relu: bool
 ) -> Tensor:
-    a = prepare(a)
-    y = rows(a)
-    g_rows = rows(prepare(g)) if u is None else rows(u)
-    out = empty_image(a, y.shape[1])
-    da = rows(out)
-    for part in chunks(*y.shape, y.device):
-        value = product(g_rows[part], wg) if u is None else g_rows[part].to(wide(y.dtype))
+    y = dense(prepare(a))
+    da = empty_image(y, y.shape[1])
+    for da_part, y_part, source in parts(da, y, prepare(g) if u is None else u):
+        value = product(source, wg) if u is None else source.to(wide(y.dtype))
         if q is not None:
-            value = value - product(y[part], q) - c
-        da[part] = torch.ops.aten.threshold_backward(value, y[part].to(value.dtype), 0) if relu else value
-    return out
+            value = value - product(y_part, q) - c
+        if relu:
+            value = torch.ops.aten.threshold_backward(value, y_part.to(value.dtype), 0)
+        da_part.copy_(value)
+    return da

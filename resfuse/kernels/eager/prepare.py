@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..interface import Act, BNGrad, Grad, Masked, Norm
-from ._rows import image, rows, unpack_mask
+from ._rows import dense, empty_image, parts, unpack_mask
 from .bn_dgrad import affine, bn_dgrad
 
 
@@ -13,9 +13,16 @@ def prepare(operand: Act | Grad) -> Tensor:
         y = affine(operand.z, operand.scale, operand.shift)
         return y.relu_() if operand.relu else y
     if isinstance(operand, Masked):
-        dout = rows(operand.dout)
-        kept = unpack_mask(operand.mask, dout.shape[1])
-        return image(torch.where(kept, dout, dout.new_zeros(())), operand.dout)
+        return _select(operand)
     if isinstance(operand, BNGrad):
         return bn_dgrad(operand)
     return operand
+
+
+def _select(grad: Masked) -> Tensor:
+    dout = dense(grad.dout)
+    g = empty_image(dout, dout.shape[1])
+    for g_part, dout_part, mask in parts(g, dout, grad.mask):
+        kept = unpack_mask(mask, g.shape[1], g.dtype)
+        g_part.copy_(torch.ops.aten.threshold_backward(dout_part, kept, 0))
+    return g
