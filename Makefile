@@ -55,7 +55,7 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 build: $(READY)
-	@if [ "$${RESFUSE_NATIVE:-1}" = 1 ] && ! command -v "$${CXX:-c++}" >/dev/null; then \
+	@if [ "$${RESFUSE_NATIVE:-1}" = 1 ] && ! command -v $${CXX:-c++} >/dev/null; then \
 	  echo "No C++ compiler ($${CXX:-c++}) was found; install one, set CXX, or set RESFUSE_NATIVE=0." >&2; exit 1; fi
 	@PYTHONWARNINGS=ignore $(PY) setup.py -q build_ext --inplace
 

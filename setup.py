@@ -80,6 +80,20 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").glob(pattern))
 
 
+def compiler() -> str:
+    """The C++ compiler's own first line about itself, else its name."""
+    name = os.environ.get("CXX", "c++")
+    return output_of(name, "--version") or name
+
+
+def openmp_flags() -> list[str]:
+    """OpenMP is compiled in but not linked: torch brings the one runtime that both must share.
+
+    clang calls another runtime than torch's; built with it, kernels run on one thread.
+    """
+    return [] if "clang" in compiler() else ["-fopenmp"]
+
+
 def extensions(archs: list[str], pybind11: str | None) -> list[Extension]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -90,8 +104,7 @@ def extensions(archs: list[str], pybind11: str | None) -> list[Extension]:
         include_dirs=include_paths(device),
         library_dirs=library_paths(device),
         libraries=["c10", "torch", "torch_cpu"] + (["c10_cuda", "torch_cuda", "cudart"] if archs else []),
-        # OpenMP is compiled in but not linked: torch brings the one runtime that both must share.
-        extra_compile_args={"cxx": [*CXX_FLAGS, "-fopenmp"], "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + openmp_flags(), "nvcc": NVCC_FLAGS},
         language="c++",
     )
     if pybind11 is None:
@@ -124,14 +137,13 @@ def source_hash() -> str:
 
 
 def build_record(torch, archs: list[str], cuda_why: str | None, module_why: str | None) -> dict:
-    compiler = os.environ.get("CXX", "c++")
     return {
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "cxx11_abi": torch.compiled_with_cxx11_abi(),
         "python": sys.version.split()[0],
-        "compiler": output_of(compiler, "--version") or compiler,
-        "flags": " ".join(CXX_FLAGS),
+        "compiler": compiler(),
+        "flags": " ".join(CXX_FLAGS + openmp_flags()),
         "cuda_archs": archs,
         "cuda_left_out": cuda_why,
         "module_left_out": module_why,
