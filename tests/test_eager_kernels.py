@@ -78,7 +78,11 @@ def test_mask_bits(channels):
     for channel in range(8 * mask.shape[1]):
         bit = mask[:, channel // 8] >> (channel % 8) & 1
         assert torch.equal(bit.bool(), kept[:, channel]) if channel < channels else not bit.any()
-    assert torch.equal(_rows.unpack_mask(mask, channels, torch.bool), kept)
+    other = torch.empty_like(mask)
+    _rows.pack_mask(kept.t().contiguous().t(), other)
+    assert torch.equal(other, mask), "NCHW order"
+    for like in (torch.empty(11, channels), torch.empty(channels, 11).t()):
+        assert torch.equal(_rows.unpack_mask(mask, like) != 0, kept)
 
 
 def test_round_to_tf32():
@@ -227,7 +231,7 @@ def test_expand_and_apply(kind, shape, dtype):
 
 def check_mask(out, mask):
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(_rows.unpack_mask(mask, out.shape[1], torch.bool), ~(matrix(out) <= 0))
+    assert torch.equal(_rows.unpack_mask(mask, matrix(out)) != 0, ~(matrix(out) <= 0))
 
 
 def test_mask_is_taken_of_the_rounded_values():

@@ -55,19 +55,33 @@ def parts(*tensors: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, .
             yield tuple(m[i : i + step] for m in matrices)
 
 
+def columns_run(matrix: Tensor) -> bool:
+    """Whether a [rows, channels] matrix is stored channel by channel, as a sample of an NCHW tensor is."""
+    return matrix.stride(0) == 1 < matrix.stride(1)
+
+
 def pack_mask(positive: Tensor, into: Tensor) -> None:
     """bool [M, K] into uint8 [M, ceil(K/8)]: channel 8i+j is bit j, padding bits 0."""
-    channels = positive.shape[1]
-    if channels % 8:
-        positive = torch.nn.functional.pad(positive, (0, -channels % 8))
+    (count, channels), missing = positive.shape, -positive.shape[1] % 8
+    if columns_run(positive):
+        bits = positive.t().contiguous().view(torch.uint8)
+        bits = torch.nn.functional.pad(bits, (0, 0, 0, missing)).view(-1, 8, count)
+        into.copy_((bits << torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]).sum(1, dtype=torch.uint8).t())
+        return
+    if missing:
+        positive = torch.nn.functional.pad(positive, (0, missing))
     octets = positive.contiguous().view(torch.int64)  # little-endian: byte j is channel 8i+j
     into.copy_((octets * _GATHER_BITS >> 56) & 0xFF)
 
 
-def unpack_mask(mask: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """uint8 [M, ceil(K/8)] as [M, K] of 0 and 1."""
-    table = _OCTETS.to(mask.device, dtype)  # a look-up is several times faster than testing bits
-    return table.index_select(0, mask.flatten().int()).view(mask.shape[0], -1)[:, :channels]
+def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """uint8 [M, ceil(K/8)] as [M, K] of zero and not zero, in like's dtype and order; like [M, K]."""
+    count, channels = like.shape
+    if columns_run(like):
+        bit = (1 << torch.arange(8, dtype=torch.uint8, device=mask.device))[:, None]
+        return (mask.t().contiguous()[:, None] & bit).view(-1, count)[:channels].to(like.dtype).t()
+    table = _OCTETS.to(mask.device, like.dtype)  # a look-up is several times faster than testing bits
+    return table.index_select(0, mask.flatten().int()).view(count, -1)[:, :channels]
 
 
 def tf32_products(t: Tensor) -> bool:
@@ -87,15 +101,20 @@ def round_to_tf32(t: Tensor) -> Tensor:
     return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices in storage dtype (or already wide), accumulated and returned wide; laid out as a is."""
-    if a.stride(0) == 1 < a.stride(1):
-        return _multiply(b.t(), a.t()).t()
-    return _multiply(a, b)
+def product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
+    """a @ b of matrices in storage dtype (or already wide), accumulated wide and returned so, in a's order.
+
+    into: where to write it, if that is wide.
+    """
+    if columns_run(a):
+        return _multiply(b.t(), a.t(), None if into is None else into.t()).t()
+    return _multiply(a, b, into)
 
 
-def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    exact = wide(a.dtype) if a.dtype == b.dtype else torch.promote_types(a.dtype, b.dtype)
+def _multiply(a: Tensor, b: Tensor, into: Tensor | None) -> Tensor:
+    exact = wide(torch.promote_types(a.dtype, b.dtype))
+    if into is not None and into.dtype != exact:
+        into = None
     if a.is_cuda and a.dtype == b.dtype != exact and hasattr(torch.ops.aten.mm, "dtype"):
         return torch.mm(a, b, out_dtype=exact)
-    return a.to(exact) @ b.to(exact)
+    return torch.mm(a.to(exact), b.to(exact), out=into)

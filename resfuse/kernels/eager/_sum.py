@@ -23,18 +23,22 @@ def _residual(residual: Residual) -> tuple[Tensor | None, Callable[[Tensor], Ten
 
 
 def write_sum(
-    source: Tensor, main: Callable[[Tensor], Tensor], channels: int, residual: Residual, relu: bool, want_mask: bool
+    source: Tensor, main: Callable[[Tensor, Tensor], Tensor], channels: int, residual: Residual, relu: bool, want_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """out = act(main(source) + residual), part by part; `main` gives fresh wide [rows, channels]."""
+    """out = act(main + residual), part by part; main(rows of source, rows of out) gives fresh wide [rows, channels],
+    or out's own rows if they are wide."""
     out = empty_image(source, channels)
     pixels = out.numel() // channels
     mask = out.new_empty((pixels, -(-channels // 8) if want_mask else 0), dtype=torch.uint8)
     held, value = _residual(residual)
     for out_part, mask_part, part, *other in parts(out, mask, source, *([] if held is None else [held])):
-        y = main(part)
+        y = main(part, out_part)
         if other:
             y.add_(value(other[0]))
-        out_part.copy_(y.relu_() if relu else y)
+        if relu:
+            y.relu_()
+        if y.data_ptr() != out_part.data_ptr():
+            out_part.copy_(y)
         if want_mask:
             pack_mask((out_part <= 0).logical_not_(), mask_part)
     return out, mask if want_mask else None

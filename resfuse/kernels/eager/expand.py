@@ -11,7 +11,7 @@ from .prepare import prepare
 def expand(
     a: Act, weight: Tensor, scale: Tensor, shift: Tensor, residual: Residual, want_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
-    def main(y: Tensor) -> Tensor:
-        return product(y, weight.t()).mul_(scale).add_(shift)
+    def main(y: Tensor, into: Tensor) -> Tensor:
+        return product(y, weight.t(), into).mul_(scale).add_(shift)
 
     return write_sum(dense(prepare(a)), main, weight.shape[0], residual, True, want_mask)

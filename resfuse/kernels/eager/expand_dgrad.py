@@ -16,7 +16,7 @@ def expand_dgrad(
     for da_part, y_part, source in parts(da, y, prepare(g) if u is None else u):
         value = product(source, wg) if u is None else source.to(wide(y.dtype))
         if q is not None:
-            value = value - product(y_part, q) - c
+            value = product(y_part, q, da_part).neg_().add_(value).sub_(c)
         if relu:
             value = torch.ops.aten.threshold_backward(value, y_part.to(value.dtype), 0)
         da_part.copy_(value)

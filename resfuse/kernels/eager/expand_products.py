@@ -22,5 +22,5 @@ def expand_products(
         products.addmm_(g_part.t(), y_part.to(exact) if mean is None else y_part - mean.to(exact))
         total += g_part.sum(0, dtype=torch.float64)
         if u_part:
-            u_part[0].copy_(product(g_part, wg))
+            product(g_part, wg, u_part[0])
     return products, total.to(exact), u

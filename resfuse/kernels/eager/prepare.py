@@ -23,6 +23,5 @@ def _select(grad: Masked) -> Tensor:
     dout = dense(grad.dout)
     g = empty_image(dout, dout.shape[1])
     for g_part, dout_part, mask in parts(g, dout, grad.mask):
-        kept = unpack_mask(mask, g.shape[1], g.dtype)
-        g_part.copy_(torch.ops.aten.threshold_backward(dout_part, kept, 0))
+        g_part.copy_(torch.ops.aten.threshold_backward(dout_part, unpack_mask(mask, dout_part), 0))
     return g
