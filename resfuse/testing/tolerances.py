@@ -50,12 +50,17 @@ def allowed(eager_error: float, dtype: torch.dtype) -> float:
     return FACTOR[dtype] * eager_error + 2 * torch.finfo(dtype).eps
 
 
+def within_median(ours: Sequence[float], eager: Sequence[float], dtype: torch.dtype) -> bool:
+    """Whether our median error is allowed beside eager's. A NaN or infinity among ours never passes."""
+    return all(map(math.isfinite, ours)) and median(ours) <= allowed(median(eager), dtype)
+
+
 def passes(ours: Sequence[float], eager: Sequence[float], dtype: torch.dtype) -> bool:
-    """Whether our errors are allowed beside eager's, seed by seed. A NaN or infinity among ours never passes."""
+    """As `within_median`, with the room that flips in small blocks need. A NaN or infinity among ours never passes."""
     if not all(map(math.isfinite, ours)):
         return False
     exceeding = sum(a > allowed(b, dtype) for a, b in zip(ours, eager, strict=True))
-    return median(ours) <= allowed(median(eager), dtype) or exceeding < 0.9 * len(ours)
+    return within_median(ours, eager, dtype) or exceeding < 0.9 * len(ours)
 
 
 def check(name: str, ours: Sequence[float], eager: Sequence[float], dtype: torch.dtype) -> None:

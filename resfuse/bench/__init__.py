@@ -1,0 +1,1 @@
+"""`python -m resfuse bench | verify | info`: eager, torch.compile and resfuse measured side by side in one run."""

@@ -1,0 +1,128 @@
+"""The command lines of `python -m resfuse`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..testing.environment import environment
+from . import plot, tables, verify
+from .implementations import IMPLEMENTATIONS, Implementation, choice
+from .plan import Plan, plan
+from .run import run
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="python -m resfuse", description="Measure and check resfuse on this machine.")
+    commands = root.add_subparsers(dest="command", required=True)
+
+    bench = commands.add_parser("bench", help="eager, torch.compile and resfuse: error, memory, time")
+    extent = bench.add_mutually_exclusive_group()
+    for name, text in (
+        ("quick", "two stages and ResNet-50, without torch.compile"),
+        ("full", "every stage, projection and relative, torch.compile everywhere"),
+    ):
+        extent.add_argument(f"--{name}", dest="extent", action="store_const", const=name, help=text)
+    bench.set_defaults(extent="default")
+    bench.add_argument("--budget", type=_positive, metavar="SECONDS", help="time to measure in (default: by extent)")
+    bench.add_argument("--json", type=Path, default=Path("resfuse-bench.json"), metavar="PATH", help="results file")
+    bench.add_argument("--png", type=Path, default=Path("resfuse-bench.png"), metavar="PATH", help="figure")
+
+    training = commands.add_parser("verify", help="train a small network on digits, eager and fused")
+    training.add_argument("--steps", type=int, default=200)
+    training.add_argument("--seeds", type=int, default=3)
+    training.add_argument("--json", type=Path, metavar="PATH", help="results file")
+    training.add_argument("--png", type=Path, metavar="PATH", help="figure of the loss curves")
+
+    info = commands.add_parser("info", help="versions, device, native library, kernel sets")
+    for command in (bench, training, info):
+        command.add_argument(
+            "--device", type=torch.device, default=_default_device(), help="default: cuda if there is one"
+        )
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0, or 1 where the gate is red or training strays."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser().parse_args(arguments)
+    console = Console()
+    if options.command == "bench":
+        chosen = plan(options.device, options.extent, options.budget)
+        command = shlex.join(["python", "-m", "resfuse", *arguments])
+        return bench(chosen, command, options.json, options.png, options.device, console)
+    if options.command == "verify":
+        found = verify.verify(range(options.seeds), options.steps, options.device)
+        verify.show(found, console)
+        verify.write(found, options.json, options.png)
+        return 0 if found.passed else 1
+    info(options.device, console)
+    return 0
+
+
+def bench(
+    chosen: Plan,
+    command: str,
+    json_path: Path,
+    png_path: Path,
+    device: torch.device,
+    console: Console,
+    implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
+) -> int:
+    """Run, write and show; the results file is written on a red gate too, and holds no speed then."""
+    columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=1.0)
+        results = run(
+            chosen, command, device, implementations,
+            lambda text, share: progress.update(task, description=text, completed=share),
+        )
+    results.write(json_path)
+    console.print(results.environment["device"], highlight=False)
+    tables.show(results.as_dict(), console)
+    written = [json_path]
+    if results.gate_passed:
+        plot.plot(results.as_dict(), png_path)
+        written.append(png_path)
+    console.print(f"{results.seconds:.0f} s; wrote {' and '.join(map(str, written))}", highlight=False)
+    return 0 if results.gate_passed else 1
+
+
+def info(device: torch.device, console: Console) -> None:
+    """Versions and device, the native library's build facts, and which kernel set serves which primitive."""
+    from .. import _native
+    from ..kernels import dispatch
+
+    for name, value in environment(device).items():
+        console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+    for reason in _native.unavailable():
+        console.print(f"native library: {reason.code}: {reason.text}", highlight=False, soft_wrap=True)
+    for name, value in _native.build_facts().items():
+        console.print(f"native {name}: {value}", highlight=False, soft_wrap=True)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        chosen = choice(device, dtype)
+        sets = ", ".join(
+            f"{name} ({', '.join(p for p in chosen if chosen[p] == name)})" for name in dict.fromkeys(chosen.values())
+        )
+        console.print(f"kernels for {dtype} on {device.type}: {sets}", highlight=False, soft_wrap=True)
+        for name in dispatch.ORDER:
+            for reason in dispatch.missing(name, device.type, dtype):
+                console.print(f"  {name} alone: {reason.code}: {reason.text}", highlight=False, soft_wrap=True)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

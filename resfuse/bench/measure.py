@@ -1,0 +1,112 @@
+"""Memory and time of one job: the functions that `bench` and benchmarks/gpu.py share."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+import resfuse
+
+from ..testing.memory import peak_bytes, saved_bytes
+from ..testing.timing import interleave, ratio, summary
+from .implementations import BASELINES, Implementation
+from .plan import Job
+from .results import PASSES, MemoryRow, NoteRow, TimeRow
+from .workloads import Runner, Workload, make
+
+ROUNDS = 31
+
+
+def prepare(
+    workload: Workload, job: Job, implementations: Mapping[str, Implementation]
+) -> tuple[dict[str, Runner], list[NoteRow]]:
+    """A runner that has done a step for each implementation, and a note for each that could not or did not fuse."""
+    runners, notes = {}, []
+    for name, implementation in implementations.items():
+        try:
+            runner = workload.runner(implementation)
+            runner.step()
+        except Exception as error:  # an implementation that fails is a result of the run, told in its place
+            code = "compile_failed" if implementation.compiled else "failed"
+            text = (str(error).strip().splitlines() or [""])[0]
+            notes.append(NoteRow(job.subject, job.mode, name, code, f"{type(error).__name__}: {text}"))
+            continue
+        runners[name] = runner
+        if name.startswith("resfuse"):
+            notes += [NoteRow(job.subject, job.mode, name, code, text) for code, text in _not_fused(runner)]
+    return runners, notes
+
+
+def memory_row(workload: Workload, name: str, layout: str, runner: Runner, peak: bool) -> MemoryRow:
+    saved = saved_bytes(runner.forward, runner.model, [runner.x] if runner.is_block else [])
+    return MemoryRow(
+        workload.subject,
+        workload.mode_name,
+        name,
+        layout,
+        len(workload.x),
+        saved,
+        saved / workload.unit_bytes if workload.unit_bytes else None,
+        peak_bytes(runner.step, runner.x.device) if peak else None,
+    )
+
+
+def saved_only(
+    job: Job, implementations: Mapping[str, Implementation], device: torch.device | str
+) -> list[MemoryRow]:
+    """Rows at the job's memory batch, for what needs no compilation."""
+    workload = make(job.subject, job.mode, job.memory_batch, device)
+    rows = []
+    for name, implementation in implementations.items():
+        if not implementation.compiled:
+            rows.append(memory_row(workload, name, implementation.layout, workload.runner(implementation), False))
+            release(device)
+    return rows
+
+
+def times(
+    job: Job,
+    implementations: Mapping[str, Implementation],
+    runners: Mapping[str, Runner],
+    budget: float,
+    device: torch.device | str,
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[TimeRow]:
+    """Both passes of every runner, interleaved within `budget` seconds."""
+    calls = {}
+    for name, runner in runners.items():
+        calls[name, PASSES[0]] = runner.forward
+        calls[name, PASSES[1]] = runner.step
+    seconds = interleave(calls, budget=budget, maximum=ROUNDS, device=device, progress=progress)
+    rows = []
+    for passes in PASSES:
+        baselines = [name for name in runners if name in BASELINES]
+        baseline = min(baselines, key=lambda name: median(seconds[name, passes]))
+        for name in runners:
+            own = seconds[name, passes]
+            speedup = None if name == baseline else ratio(seconds[baseline, passes], own)
+            layout = implementations[name].layout
+            rows.append(
+                TimeRow(
+                    job.subject, job.mode, name, layout, job.batch, passes, summary(own), job.batch / median(own),
+                    baseline, speedup,
+                )
+            )
+    return rows
+
+
+def release(device: torch.device | str) -> None:
+    """Give back what dropped models held, so that the next one starts alike."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _not_fused(runner: Runner) -> list[tuple[str, str]]:
+    report = resfuse.report(runner.model)
+    if not report.fused:
+        return [("nothing_fused", "no block was fused; this is eager")]
+    return [(code, f"{fqn or 'the block'} ran the original forward: {text}") for fqn, code, text, _ in report.fallbacks]

@@ -1,0 +1,96 @@
+"""What a run measures, and the time each part of it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..testing.cases import CASES, PROJECTIONS, RELATIVES, STAGES
+from .implementations import COMPILE, EAGER, EAGER_NCHW, RESFUSE
+from .workloads import NETWORKS, make
+
+BLOCK_STEP = 0.5  # seconds that an eager step may take; a smaller batch is timed where it would take more
+NETWORK_STEP = 1.5
+PROBE_SIZE = 64  # pixels at which a network's step is tried
+
+
+@dataclass(frozen=True)
+class Job:
+    """One subject in one mode.
+
+    batch: the largest that is timed (`fit` lowers it). memory_batch: that of the saved bytes. seconds: wanted for its
+    rounds; compile_seconds: for torch.compile. Both are shares: the run scales them to its budget.
+    """
+
+    subject: str
+    mode: str
+    batch: int
+    memory_batch: int
+    implementations: tuple[str, ...]
+    seconds: float
+    compile_seconds: float = 0.0
+    gate_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    budget: float
+    jobs: tuple[Job, ...]
+
+
+def plan(device: torch.device | str, extent: str = "default", budget: float | None = None) -> Plan:
+    """extent: "quick" (two stages, no torch.compile), "default", or "full" (torch.compile and relatives everywhere).
+
+    torch.compile is slow to compile on few cores: by default it meets stage 1 and ResNet-50 in bfloat16 alone.
+    """
+    batch = 64 if torch.device(device).type == "cuda" else 8
+    quick, full = extent == "quick", extent == "full"
+    cases = {
+        "quick": (STAGES[0], STAGES[2]),
+        "default": (*STAGES, PROJECTIONS[1]),
+        "full": (*STAGES, *PROJECTIONS, *RELATIVES),
+    }[extent]
+    jobs = []
+    for mode in ("float32", "autocast-bfloat16"):
+        for case in cases:
+            compiled = full or (case is STAGES[0] and not quick)
+            jobs.append(block_job(case.name, mode, batch, compiled))
+    jobs.append(network_job("resnet50", "float32", batch, full, nchw=True))
+    jobs.append(network_job("resnet50", "autocast-bfloat16", batch, not quick))
+    return Plan(budget or {"quick": 90.0, "default": 240.0, "full": 2400.0}[extent], tuple(jobs))
+
+
+def block_job(subject: str, mode: str, batch: int, compiled: bool) -> Job:
+    case = CASES[subject]
+    rows_an_image = replace(case, batch=1).rows
+    enough = -(-16 * case.width // rows_an_image)  # with M >= 16 w, vectors a channel no longer count
+    return Job(subject, mode, batch, max(batch, enough), _names(compiled), 4.0, 30.0 if compiled else 0.0)
+
+
+def network_job(subject: str, mode: str, batch: int, compiled: bool, nchw: bool = False) -> Job:
+    names = _names(compiled)
+    if nchw:
+        names = (EAGER.name, EAGER_NCHW.name, *names[1:])
+    return Job(subject, mode, batch, 8, names, 22.0, 90.0 if compiled else 0.0, gate_batch=2)
+
+
+def fit(job: Job, device: torch.device | str, clock) -> Job:
+    """The job with the largest batch, halving from its own, whose eager step keeps within the limit.
+
+    clock(call) gives seconds. One image is tried, a network's at a lower resolution, and scaled up.
+    """
+    network = NETWORKS.get(job.subject)
+    size = min(network.size, PROBE_SIZE) if network else None
+    runner = make(job.subject, job.mode, 1 if not network else 2, device, size=size).runner(EAGER)
+    runner.step()
+    step = clock(runner.step) * ((network.size / size) ** 2 / 2 if network else 1)
+    batch = job.batch
+    while batch > 1 and batch * step > (NETWORK_STEP if network else BLOCK_STEP):
+        batch //= 2
+    memory_batch = job.memory_batch if network or job.memory_batch > job.batch else max(batch, job.memory_batch)
+    return replace(job, batch=batch, memory_batch=memory_batch, gate_batch=min(batch, job.gate_batch or batch))
+
+
+def _names(compiled: bool) -> tuple[str, ...]:
+    return (EAGER.name, COMPILE.name, RESFUSE.name) if compiled else (EAGER.name, RESFUSE.name)

@@ -1,0 +1,80 @@
+"""The figure of a results file: memory kept for backward, and speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BASELINES = ("eager", "eager NCHW")
+COLOURS = {"eager": "#9aa5b1", "torch.compile": "#e0a458", "resfuse": "#2a6f97"}
+OTHER = "#6b705c"
+
+
+def plot(results: dict, path: str | Path) -> None:
+    """Write a PNG: saved bytes relative to eager above, forward+backward speed-ups with their intervals below."""
+    from matplotlib.figure import Figure  # no global state, no display
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    memory, speed = figure.subplots(2, 1)
+    _bars(memory, _memory(results["memory"]), "kept for backward, eager = 1")
+    _bars(speed, _speed(results["times"]), "forward + backward, times faster than eager")
+    memory.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    facts = results["environment"]
+    figure.suptitle(
+        f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit'] or 'unknown'}", fontsize=10
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _memory(rows: list[dict]) -> dict[str, dict[str, tuple]]:
+    """Group: implementation: (share of eager, None). At the largest batch each pair of subject and mode has."""
+    found: dict[str, dict[str, tuple]] = {}
+    for mode, subject in {(row["mode"], row["subject"]): None for row in rows}:
+        own = [row for row in rows if (row["mode"], row["subject"]) == (mode, subject)]
+        batch = max(row["batch"] for row in own)
+        own = {row["implementation"]: row["saved_bytes"] for row in own if row["batch"] == batch}
+        found[f"{subject}\n{_short(mode)}, b{batch}"] = {
+            name: (size / own["eager"], None) for name, size in own.items() if name != "eager NCHW"
+        }
+    return found
+
+
+def _speed(rows: list[dict]) -> dict[str, dict[str, tuple]]:
+    """Group: implementation: (median ratio, (low, high))."""
+    found: dict[str, dict[str, tuple]] = {}
+    for row in rows:
+        ours_or_peer = row["implementation"] not in BASELINES
+        if row["passes"] == "forward+backward" and row["speedup"] and ours_or_peer:
+            ratio = row["speedup"]
+            group = found.setdefault(f"{row['subject']}\n{_short(row['mode'])}, b{row['batch']}", {})
+            group[row["implementation"]] = (ratio["median"], (ratio["low"], ratio["high"]))
+    return found
+
+
+def _bars(axes, groups: dict[str, dict[str, tuple]], label: str) -> None:
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    width = 0.8 / max(len(names), 1)
+    for index, name in enumerate(names):
+        places, heights, below, above = [], [], [], []
+        for place, group in enumerate(groups.values()):
+            if name in group:
+                height, interval = group[name]
+                low, high = interval or (height, height)
+                places.append(place + (index - (len(names) - 1) / 2) * width)
+                heights.append(height)
+                below.append(height - low)
+                above.append(high - height)
+        bars = axes.bar(
+            places, heights, width, label=name, color=COLOURS.get(name, OTHER),
+            yerr=(below, above) if any(below + above) else None, capsize=2, error_kw={"linewidth": 0.8},
+        )
+        axes.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=7, padding=1)
+    axes.axhline(1.0, color="black", linewidth=0.6)
+    axes.set_xticks(range(len(groups)), list(groups), fontsize=7)
+    axes.set_ylabel(label, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _short(mode: str) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[mode.removeprefix("autocast-")]
