@@ -1,8 +1,8 @@
 """Faster residual blocks for PyTorch in about half the activation memory: `resfuse.fuse(model)`."""
 
 from ._version import __version__
-from .convert import FuseConfig, FuseError, Report, explain, fuse, report, unfuse
 from .blocks.mixin import disabled
+from .convert import FuseConfig, FuseError, Report, explain, fuse, report, unfuse
 from .functional import ArgumentError
 from .kernels.interface import Unsupported
 

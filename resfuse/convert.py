@@ -20,6 +20,7 @@ LAYOUT = Reason(
     "layout_nchw",
     "convolution weights are NCHW; faster: model.to(memory_format=torch.channels_last) and inputs alike",
 )
+NOT_CONVERTED = Reason("not_converted", "fuse() was not called on it")
 
 
 class FuseError(ValueError):
@@ -138,7 +139,7 @@ def report(model: nn.Module, *, input_size: tuple[int, int, int, int] = (1, 3, 2
     """What is fused in the model now, and what its calls so far fell back to."""
     _check_model(model)
     survey = [
-        (fqn, module, reason or (None if isinstance(module, FusedMixin) else Reason("not_converted", "fuse() was not called on it")))
+        (fqn, module, reason or (None if isinstance(module, FusedMixin) else NOT_CONVERTED))
         for fqn, module, reason in _survey(model, None)
     ]
     result = _describe(model, survey, input_size)
@@ -156,7 +157,7 @@ def _survey(
     """(fqn, module, None) for each block with a fused form; (fqn, module, reason) for what holds other convolutions."""
     seen: set[int] = set()
 
-    def visit(module: nn.Module, fqn: str, parent: tuple[str, nn.Module]):
+    def visit(module: nn.Module, fqn: str, parent: nn.Module):
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -167,12 +168,13 @@ def _survey(
             else:
                 yield fqn, module, plan.refusal(module)
         elif isinstance(module, nn.modules.conv._ConvNd):
-            yield fqn, module, Reason("no_plan", f"a convolution in {type(parent[1]).__name__}, which has no fused form")
+            owner = type(parent).__name__
+            yield fqn, module, Reason("no_plan", f"a convolution in {owner}, which has no fused form")
         else:
             for name, child in module.named_children():
-                yield from visit(child, f"{fqn}.{name}" if fqn else name, (fqn, module))
+                yield from visit(child, f"{fqn}.{name}" if fqn else name, module)
 
-    return visit(model, "", ("", model))
+    return visit(model, "", model)
 
 
 def _describe(model: nn.Module, survey: list[tuple[str, nn.Module, Reason | None]], input_size) -> Report:
@@ -240,4 +242,5 @@ def _check_backend(backend: str, blocks: list[nn.Module]) -> None:
 def _columns(rows: list[tuple]) -> list[str]:
     text = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in text]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in text)
+    return ["  " + "  ".join(cells).rstrip() for cells in padded]

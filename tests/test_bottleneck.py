@@ -8,6 +8,8 @@ from units import activation, bottleneck, results, twin
 
 from resfuse import functional, reference
 
+pytestmark = pytest.mark.gate  # no speed is reported while these fail
+
 SHORTCUTS = {
     "identity": {},
     "projection": dict(shortcut="projection", out_channels=12),

@@ -66,16 +66,23 @@ def test_one_training_step_agrees_with_eager_in_float64():
     assert resfuse.report(fused, input_size=(1, 3, 64, 64)).fallbacks == []
 
 
-@pytest.mark.parametrize("way", ["pickle", "deepcopy", "copy", "torch.save"])
+def saved_and_loaded(model):
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+WAYS_TO_COPY = {
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)), "deepcopy": copy.deepcopy, "copy": copy.copy,
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_COPY)
 def test_copies_stay_fused_and_compute_the_same(way):
     model = resfuse.fuse(small()).eval()
-    if way == "torch.save":
-        stream = io.BytesIO()
-        torch.save(model, stream)
-        stream.seek(0)
-        other = torch.load(stream, weights_only=False)
-    else:
-        other = {"pickle": lambda m: pickle.loads(pickle.dumps(m)), "deepcopy": copy.deepcopy, "copy": copy.copy}[way](model)
+    other = WAYS_TO_COPY[way](model)
     assert type(other.layer1[0]) is type(model.layer1[0])
     x = batch()
     assert torch.equal(other(x), model(x))
@@ -117,7 +124,10 @@ def test_not_a_module(function):
         function(3)
 
 
-@pytest.mark.parametrize("setting", [dict(backend="triton"), dict(memory="lean"), dict(memory=0.3), dict(deterministic=True)])
+LATER = [dict(backend="triton"), dict(memory="lean"), dict(memory=0.3), dict(deterministic=True)]
+
+
+@pytest.mark.parametrize("setting", LATER, ids=str)
 def test_settings_of_later_versions_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         resfuse.FuseConfig(**setting)

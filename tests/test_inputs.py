@@ -64,8 +64,8 @@ def test_strides_of_the_incoming_gradient(dout):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "frozen"])
 def test_nan_and_inf_reach_what_they_reach_in_eager(value, dtype, training):
     def spoil(leaf):
-        return leaf + torch.zeros_like(leaf).index_put((torch.tensor(1), torch.tensor(2), torch.tensor(3), torch.tensor(3)),
-                                                       torch.tensor(value, dtype=dtype))
+        place = tuple(torch.tensor(i) for i in (1, 2, 3, 3))
+        return leaf + torch.zeros_like(leaf).index_put(place, torch.tensor(value, dtype=dtype))
 
     ours, theirs = both(spoil, bottleneck(training=training, dtype=dtype), dtype)
     for name, expected in theirs.items():
@@ -95,7 +95,7 @@ REFUSED = {
     "no pixels": (lambda x, c: (x[:, :, :0], c), "x must not be empty"),
     "channels": (lambda x, c: (x[:, :7], c), "conv1.weight"),
     "weight dtype": (lambda x, c: (x.float(), c), "conv1.weight is torch.float64"),
-    "gamma dtype": (lambda x, c: (x, [c[0], c[1]._replace(gamma=c[1].gamma.half()), c[2]]), "conv2.gamma is torch.float16"),
+    "gamma dtype": (lambda x, c: (x, [c[0], c[1]._replace(gamma=c[1].gamma.half()), c[2]]), "conv2.gamma is torch.flo"),
     "gamma size": (lambda x, c: (x, [c[0], c[1]._replace(gamma=c[1].gamma[:3]), c[2]]), "conv2.gamma must be"),
     "weight rank": (lambda x, c: (x, [c[0], c[1]._replace(weight=c[1].weight[0]), c[2]]), "conv2.weight must be"),
     "residual shape": (lambda x, c: (x, [c[0], c[1]._replace(stride=(2, 2)), c[2]]), "conv3's output"),

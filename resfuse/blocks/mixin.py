@@ -154,7 +154,8 @@ def qualified_name(cls: type) -> str:
 @cache
 def fused_class(cls: type, plan) -> type:
     """The fused subclass of a block's class."""
-    return type("Fused" + cls.__name__, (FusedMixin, cls), {"plan": plan, "__module__": __name__, "__doc__": cls.__doc__})
+    namespace = {"plan": plan, "__module__": __name__, "__doc__": cls.__doc__}
+    return type("Fused" + cls.__name__, (FusedMixin, cls), namespace)
 
 
 def _new_fused(cls: type) -> nn.Module:

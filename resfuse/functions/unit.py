@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from ..kernels.interface import (
-    Act, Affine, BNContext, Geometry, Grad, Norm, RunningUpdate, Second, Stats, Strided, wide,
+    Act,
+    Affine,
+    BNContext,
+    Geometry,
+    Grad,
+    Norm,
+    RunningUpdate,
+    Second,
+    Stats,
+    Strided,
+    wide,
 )
 
 # Where cov [C, C] is at most this share of one [M, C] activation it is kept, elsewhere recomputed in backward.

@@ -7,9 +7,10 @@ asks the next set. Kernel sets know nothing of autograd, autocast or modules.
 Conventions
     Activations and their gradients are 4-d tensors [N, C, H, W], dense in channels_last, or all contiguous (NCHW),
     which a set may refuse; read as a matrix they have M = N*H*W rows of C channels. An operand that is only read may
-    be a strided view (every s-th pixel): a tensor's own strides are its geometry. Results have the operands' layout. Storage dtype: float64, float32, bfloat16 or float16; "wide" is the
-    accumulation dtype: float64 for float64 storage, float32 for the others. Per-channel vectors and statistics
-    are wide. Weights come in the storage dtype unless a primitive says otherwise.
+    be a strided view (every s-th pixel): a tensor's own strides are its geometry. Results have the operands' layout.
+    Storage dtype: float64, float32, bfloat16 or float16; "wide" is the accumulation dtype: float64 for float64
+    storage, float32 for the others. Per-channel vectors and statistics are wide. Weights come in the storage dtype
+    unless a primitive says otherwise.
     Summation order is fixed: the same operands give the same bits (on a CPU for a given number of threads).
     NaN and inf behave as in torch: ReLU keeps NaN, a masked-out gradient is 0 whatever it was.
     A primitive never writes to its operands; `update_running` alone writes, to the buffers it is given.

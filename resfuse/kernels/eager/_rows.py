@@ -1,6 +1,7 @@
 """Row matrices part by part, masks and rounding: what the primitives of this set share."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,7 +10,6 @@ from ..interface import wide
 
 # A part is worked on in wide precision while it stays in cache; a GPU takes larger ones to fill itself.
 _PART_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
-_OCTETS = torch.tensor([[octet >> bit & 1 for bit in range(8)] for octet in range(256)], dtype=torch.int8)
 _GATHER_BITS = 0x0102040810204080  # times eight 0/1 bytes: bit j of the top byte is byte j
 
 
@@ -43,7 +43,7 @@ def parts(*tensors: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, .
     step = max(1, _PART_ELEMENTS[images[0].device.type] // max(t.shape[1] for t in images))
     if most is not None and images[0].device.type == "cpu":
         step = min(step, most)
-    (n, _, h, w), pixels = images[0].shape, images[0].shape[2] * images[0].shape[3]
+    n, pixels = images[0].shape[0], images[0].shape[2] * images[0].shape[3]
     samples = n if all(layout(t) == torch.channels_last for t in images) else 1
     for first in range(0, n, samples):
         matrices = [
@@ -62,11 +62,12 @@ def columns_run(matrix: Tensor) -> bool:
 
 def pack_mask(positive: Tensor, into: Tensor) -> None:
     """bool [M, K] into uint8 [M, ceil(K/8)]: channel 8i+j is bit j, padding bits 0."""
-    (count, channels), missing = positive.shape, -positive.shape[1] % 8
+    missing = -positive.shape[1] % 8
     if columns_run(positive):
         bits = positive.t().contiguous().view(torch.uint8)
-        bits = torch.nn.functional.pad(bits, (0, 0, 0, missing)).view(-1, 8, count)
-        into.copy_((bits << torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]).sum(1, dtype=torch.uint8).t())
+        bits = torch.nn.functional.pad(bits, (0, 0, 0, missing)).view(-1, 8, positive.shape[0])
+        place = torch.arange(8, dtype=torch.uint8, device=bits.device)[:, None]
+        into.copy_((bits << place).sum(1, dtype=torch.uint8).t())
         return
     if missing:
         positive = torch.nn.functional.pad(positive, (0, missing))
@@ -80,8 +81,15 @@ def unpack_mask(mask: Tensor, like: Tensor) -> Tensor:
     if columns_run(like):
         bit = (1 << torch.arange(8, dtype=torch.uint8, device=mask.device))[:, None]
         return (mask.t().contiguous()[:, None] & bit).view(-1, count)[:channels].to(like.dtype).t()
-    table = _OCTETS.to(mask.device, like.dtype)  # a look-up is several times faster than testing bits
+    table = _octets(mask.device, like.dtype)  # a look-up is several times faster than testing bits
     return table.index_select(0, mask.flatten().int()).view(count, -1)[:, :channels]
+
+
+@cache
+def _octets(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[256, 8]: the bits of every byte."""
+    bits = [[octet >> bit & 1 for bit in range(8)] for octet in range(256)]
+    return torch.tensor(bits, dtype=torch.int8).to(device, dtype)
 
 
 def tf32_products(t: Tensor) -> bool:

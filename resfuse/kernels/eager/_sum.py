@@ -23,7 +23,8 @@ def _residual(residual: Residual) -> tuple[Tensor | None, Callable[[Tensor], Ten
 
 
 def write_sum(
-    source: Tensor, main: Callable[[Tensor, Tensor], Tensor], channels: int, residual: Residual, relu: bool, want_mask: bool
+    source: Tensor, main: Callable[[Tensor, Tensor], Tensor], channels: int,
+    residual: Residual, relu: bool, want_mask: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """out = act(main + residual), part by part; main(rows of source, rows of out) gives fresh wide [rows, channels],
     or out's own rows if they are wide."""
