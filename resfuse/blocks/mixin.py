@@ -22,6 +22,7 @@ NORMS = {
     "torch.nn.modules.batchnorm.BatchNorm2d": "batch",
     "torchvision.ops.misc.FrozenBatchNorm2d": "frozen",
 }
+PLAIN = (nn.Parameter, torch.Tensor, type(None))  # subclasses may do more
 _disabled = int(os.environ.get("RESFUSE_DISABLE", "0") not in ("", "0"))
 
 
@@ -46,10 +47,18 @@ class State:
 
 
 class Pair(NamedTuple):
-    """The names of a convolution and its BatchNorm inside a block, dotted where they lie deeper."""
+    """The names of a convolution and its BatchNorm inside a block, dotted where they lie one deeper."""
 
     conv: str
     norm: str
+
+    def modules(self, block: nn.Module) -> tuple[nn.Module, nn.Module]:
+        found = block._modules  # read directly: this runs at every call
+        if "." not in self.conv:
+            return found[self.conv], found[self.norm]
+        inner, _, conv = self.conv.partition(".")
+        children = found[inner]._modules
+        return children[conv], children[self.norm[len(inner) + 1 :]]
 
 
 class FusedMixin:
@@ -85,7 +94,7 @@ def call_refusal(x) -> Reason | None:
     """Why this call must run the original forward, as far as the input and the interpreter's state tell."""
     if _disabled:
         return Reason("disabled", "inside resfuse.disabled() or under RESFUSE_DISABLE=1")
-    if type(x) is not torch.Tensor and type(x) is not nn.Parameter:
+    if type(x) not in PLAIN:
         return Reason("input_type", f"the input is a {type(x).__name__}, not a plain tensor")
     if torch._C._get_tracing_state() is not None:
         return Reason("tracing", "being traced by torch.jit")
@@ -104,21 +113,21 @@ def call_refusal(x) -> Reason | None:
 
 def pair_refusal(block: nn.Module, pair: Pair) -> Reason | None:
     """Why a convolution and its BatchNorm cannot be read and run from outside their modules."""
-    conv, norm = block.get_submodule(pair.conv), block.get_submodule(pair.norm)
+    conv, norm = pair.modules(block)
     if type(conv) is not nn.Conv2d:
         return Reason("module_type", f"{pair.conv} is a {type(conv).__name__}, not nn.Conv2d")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return Reason("padding", f"{pair.conv} pads by {conv.padding_mode!r}, {conv.padding!r}; zeros by numbers only")
-    if qualified_name(type(norm)) not in NORMS:
+    if norm_kind(type(norm)) is None:
         return Reason("module_type", f"{pair.norm} is a {type(norm).__name__}, not nn.BatchNorm2d")
-    if norm.weight is None and norm.bias is not None or norm.weight is not None and norm.bias is None:
+    if (norm.weight is None) != (norm.bias is None):
         return Reason("affine", f"{pair.norm} has only one of weight and bias")
     for name, module in ((pair.conv, conv), (pair.norm, norm)):
         reason = wrapped(name, module)
         if reason:
             return reason
         for parameter in module._parameters.values():
-            if parameter is not None and type(parameter) is not nn.Parameter and type(parameter) is not torch.Tensor:
+            if type(parameter) not in PLAIN:
                 return Reason("parameter_type", f"a parameter of {name} is a {type(parameter).__name__}")
     return None
 
@@ -134,8 +143,8 @@ def wrapped(name: str, module: nn.Module) -> Reason | None:
 
 def read_pair(block: nn.Module, pair: Pair) -> ConvBN:
     """The pair's tensors and settings as they are now; nothing is cached between calls."""
-    conv, norm = block.get_submodule(pair.conv), block.get_submodule(pair.norm)
-    frozen = NORMS[qualified_name(type(norm))] == "frozen"
+    conv, norm = pair.modules(block)
+    frozen = norm_kind(type(norm)) == "frozen"
     training = not frozen and norm.training
     buffers = (norm.running_mean, norm.running_var, None if frozen else norm.num_batches_tracked)
     if training and not norm.track_running_stats:
@@ -144,6 +153,12 @@ def read_pair(block: nn.Module, pair: Pair) -> ConvBN:
         conv.weight, norm.weight, norm.bias, *buffers, conv.bias, conv.stride, conv.padding, conv.dilation,
         conv.groups, norm.eps, None if frozen else norm.momentum, training,
     )
+
+
+@cache
+def norm_kind(cls: type) -> str | None:
+    """"batch", "frozen", or None for a class that is not read."""
+    return NORMS.get(qualified_name(cls))
 
 
 @cache
