@@ -41,7 +41,7 @@ for p in python3 python3.13 python3.12 python3.11 python3.10; do \
   if $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then found=$$p; break; fi; \
 done; \
 if [ -z "$${found:-}" ]; then \
-  echo "resfuse needs Python 3.10 or newer; none was found on PATH (python3 is $$(python3 --version 2>&1 || true))." >&2; \
+  echo "resfuse needs Python 3.10 or newer; none was found on PATH (python3: $$(python3 --version 2>/dev/null || echo absent))." >&2; \
   exit 1; \
 fi
 endef
