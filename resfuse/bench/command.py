@@ -50,10 +50,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 1 where the gate is red or training strays."""
+    """Exit code: 0, or 1 where the gate is red, a fused model failed or training strays."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     if options.command == "bench":
         chosen = plan(options.device, options.extent, options.budget)
         command = shlex.join(["python", "-m", "resfuse", *arguments])
@@ -76,13 +76,13 @@ def bench(
     console: Console,
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
 ) -> int:
-    """Run, write and show; the results file is written on a red gate too, and holds no speed then."""
+    """Run, write and show; the results file is written on a red gate too, and holds no speed then. As `main`."""
     columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=1.0)
         results = run(
-            chosen, command, device, implementations,
-            lambda text, share: progress.update(task, description=text, completed=share),
+            chosen, command, device, implementations=implementations,
+            progress=lambda text, share: progress.update(task, description=text, completed=share),
         )
     results.write(json_path)
     console.print(results.environment["device"], highlight=False)
@@ -92,7 +92,7 @@ def bench(
         plot.plot(results.as_dict(), png_path)
         written.append(png_path)
     console.print(f"{results.seconds:.0f} s; wrote {' and '.join(map(str, written))}", highlight=False)
-    return 0 if results.gate_passed else 1
+    return 0 if results.gate_passed and not any(note.code == "failed" for note in results.notes) else 1
 
 
 def info(device: torch.device, console: Console) -> None:

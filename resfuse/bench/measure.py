@@ -21,26 +21,30 @@ ROUNDS = 31
 
 
 def prepare(
-    workload: Workload, job: Job, implementations: Mapping[str, Implementation]
-) -> tuple[dict[str, Runner], list[NoteRow]]:
-    """A runner that has done a step for each implementation, and a note for each that could not or did not fuse."""
-    runners, notes = {}, []
+    workload: Workload, implementations: Mapping[str, Implementation]
+) -> tuple[dict[str, Runner], list[MemoryRow], list[NoteRow]]:
+    """Every implementation that runs: its runner, warm, with its memory; a note for what fails or does not fuse."""
+    runners, rows, notes = {}, [], []
+    where = workload.subject, workload.mode_name
     for name, implementation in implementations.items():
         try:
             runner = workload.runner(implementation)
-            runner.step()
+            if implementation.compiled:
+                runner.step()  # compilation is no part of the peak
+            rows.append(memory_row(workload, name, implementation.layout, runner, peak=True))
         except Exception as error:  # an implementation that fails is a result of the run, told in its place
             code = "compile_failed" if implementation.compiled else "failed"
             text = (str(error).strip().splitlines() or [""])[0]
-            notes.append(NoteRow(job.subject, job.mode, name, code, f"{type(error).__name__}: {text}"))
+            notes.append(NoteRow(*where, name, code, f"{type(error).__name__}: {text}"))
             continue
         runners[name] = runner
         if name.startswith("resfuse"):
-            notes += [NoteRow(job.subject, job.mode, name, code, text) for code, text in _not_fused(runner)]
-    return runners, notes
+            notes += [NoteRow(*where, name, code, text) for code, text in _not_fused(runner)]
+    return runners, rows, notes
 
 
 def memory_row(workload: Workload, name: str, layout: str, runner: Runner, peak: bool) -> MemoryRow:
+    """Saved bytes of a forward and, if asked for, the peak of a step."""
     saved = saved_bytes(runner.forward, runner.model, [runner.x] if runner.is_block else [])
     return MemoryRow(
         workload.subject,
@@ -75,15 +79,17 @@ def times(
     device: torch.device | str,
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[TimeRow]:
-    """Both passes of every runner, interleaved within `budget` seconds."""
+    """Both passes of every warm runner, interleaved within `budget` seconds; no rows without a baseline among them."""
+    baselines = [name for name in runners if name in BASELINES]
+    if not baselines:
+        return []
     calls = {}
     for name, runner in runners.items():
         calls[name, PASSES[0]] = runner.forward
         calls[name, PASSES[1]] = runner.step
-    seconds = interleave(calls, budget=budget, maximum=ROUNDS, device=device, progress=progress)
+    seconds = interleave(calls, budget=budget, maximum=ROUNDS, warmup=0, device=device, progress=progress)
     rows = []
     for passes in PASSES:
-        baselines = [name for name in runners if name in BASELINES]
         baseline = min(baselines, key=lambda name: median(seconds[name, passes]))
         for name in runners:
             own = seconds[name, passes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +13,8 @@ from .workloads import NETWORKS, make
 
 BLOCK_STEP = 0.5  # seconds that an eager step may take; a smaller batch is timed where it would take more
 NETWORK_STEP = 1.5
-PROBE_SIZE = 64  # pixels at which a network's step is tried
+STEPS = 5  # that the fewest rounds of an implementation take, forwards and peak memory included
+PROBE_SIZE = 112  # pixels at which a network's step is tried
 
 
 @dataclass(frozen=True)
@@ -75,21 +77,27 @@ def network_job(subject: str, mode: str, batch: int, compiled: bool, nchw: bool 
     return Job(subject, mode, batch, 8, names, 22.0, 90.0 if compiled else 0.0, gate_batch=2)
 
 
-def fit(job: Job, device: torch.device | str, clock) -> Job:
-    """The job with the largest batch, halving from its own, whose eager step keeps within the limit.
+def fit(job: Job, device: torch.device | str, clock: Callable[[Callable[[], object]], float]) -> Job:
+    """The job with the largest batch, halving from its own, whose eager step keeps within the limit, and with the
+    seconds that the fewest rounds of it will take.
 
     clock(call) gives seconds. One image is tried, a network's at a lower resolution, and scaled up.
     """
     network = NETWORKS.get(job.subject)
     size = min(network.size, PROBE_SIZE) if network else None
-    runner = make(job.subject, job.mode, 1 if not network else 2, device, size=size).runner(EAGER)
+    runner = make(job.subject, job.mode, 1, device, size=size).runner(EAGER)
     runner.step()
-    step = clock(runner.step) * ((network.size / size) ** 2 / 2 if network else 1)
+    step = clock(runner.step) * ((network.size / size) ** 2 if network else 1)
     batch = job.batch
     while batch > 1 and batch * step > (NETWORK_STEP if network else BLOCK_STEP):
         batch //= 2
-    memory_batch = job.memory_batch if network or job.memory_batch > job.batch else max(batch, job.memory_batch)
-    return replace(job, batch=batch, memory_batch=memory_batch, gate_batch=min(batch, job.gate_batch or batch))
+    slow = [name for name in job.implementations if name != RESFUSE.name]
+    return replace(
+        job,
+        batch=batch,
+        gate_batch=min(batch, job.gate_batch or batch),
+        seconds=max(job.seconds, STEPS * batch * step * len(slow)),
+    )
 
 
 def _names(compiled: bool) -> tuple[str, ...]:

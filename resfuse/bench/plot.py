@@ -13,11 +13,16 @@ def plot(results: dict, path: str | Path) -> None:
     """Write a PNG: saved bytes relative to eager above, forward+backward speed-ups with their intervals below."""
     from matplotlib.figure import Figure  # no global state, no display
 
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
     memory, speed = figure.subplots(2, 1)
-    _bars(memory, _memory(results["memory"]), "kept for backward, eager = 1")
-    _bars(speed, _speed(results["times"]), "forward + backward, times faster than eager")
-    memory.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    _bars(memory, _memory(results["memory"]), "kept for backward\n(eager = 1)")
+    _bars(speed, _speed(results["times"]), "forward + backward\n(times faster than eager)")
+    if _spans_decades(results["times"]):
+        speed.set_yscale("log")
+        speed.yaxis.set_major_formatter("{x:g}")
+    memory.set_ylim(top=1.25)
+    handles, labels = memory.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     facts = results["environment"]
     figure.suptitle(
         f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit'] or 'unknown'}", fontsize=10
@@ -30,7 +35,7 @@ def plot(results: dict, path: str | Path) -> None:
 def _memory(rows: list[dict]) -> dict[str, dict[str, tuple]]:
     """Group: implementation: (share of eager, None). At the largest batch each pair of subject and mode has."""
     found: dict[str, dict[str, tuple]] = {}
-    for mode, subject in {(row["mode"], row["subject"]): None for row in rows}:
+    for mode, subject in dict.fromkeys((row["mode"], row["subject"]) for row in rows):
         own = [row for row in rows if (row["mode"], row["subject"]) == (mode, subject)]
         batch = max(row["batch"] for row in own)
         own = {row["implementation"]: row["saved_bytes"] for row in own if row["batch"] == batch}
@@ -52,8 +57,13 @@ def _speed(rows: list[dict]) -> dict[str, dict[str, tuple]]:
     return found
 
 
+def _spans_decades(rows: list[dict]) -> bool:
+    medians = [row["speedup"]["median"] for row in rows if row["speedup"]]
+    return bool(medians) and max(medians) > 5 * min(medians)
+
+
 def _bars(axes, groups: dict[str, dict[str, tuple]], label: str) -> None:
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    names = sorted({name for group in groups.values() for name in group}, key=_order)
     width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):
         places, heights, below, above = [], [], [], []
@@ -74,6 +84,10 @@ def _bars(axes, groups: dict[str, dict[str, tuple]], label: str) -> None:
     axes.set_xticks(range(len(groups)), list(groups), fontsize=7)
     axes.set_ylabel(label, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _order(name: str) -> tuple[bool, bool, str]:
+    return name.startswith("resfuse"), name not in BASELINES, name
 
 
 def _short(mode: str) -> str:

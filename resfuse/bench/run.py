@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +21,11 @@ from .precompile import precompile
 from .results import NoteRow, Results
 from .workloads import make
 
+SLOW_BFLOAT16 = Reason(
+    "no_bfloat16_instructions",
+    "bfloat16 times on this device tell how each implementation does without such instructions (eager's convolutions "
+    "in particular), not what a device that has them would show",
+)
 Progress = Callable[[str, float], None]  # what is running now, share of the run that is done
 
 
@@ -46,32 +51,38 @@ def run(
     plan: Plan,
     command: str,
     device: torch.device | str = "cpu",
+    *,
+    kind: str = "bench",
     implementations: Mapping[str, Implementation] = IMPLEMENTATIONS,
+    compile_apart: bool = True,
     progress: Progress = lambda text, share: None,
+    after_job: Callable[[Results], None] = lambda results: None,
 ) -> Results:
-    """Everything in the plan; the gate judges each implementation whose name begins with "resfuse"."""
-    budget = Budget(plan.budget)
-    results = Results("bench", command, environment(device))
+    """Everything in the plan; the gate judges each implementation whose name begins with "resfuse".
+
+    compile_apart: torch.compile compiles in a process that its deadline can stop; False suits machines that compile
+    fast. after_job is given the results so far, after the gate and after each job.
+    """
+    session = _Session(Budget(plan.budget), torch.device(device), implementations, compile_apart, progress)
+    session.results = results = Results(kind, command, environment(device))
     results.kernels = {mode: choice(device, MODES[mode].compute) for mode in {job.mode: None for job in plan.jobs}}
+    if not results.environment["fast_bfloat16"]:
+        slow = [job for job in plan.jobs if MODES[job.mode].compute == torch.bfloat16]
+        results.notes += [NoteRow(job.subject, job.mode, "every", *SLOW_BFLOAT16) for job in slow[:1]]
     jobs = []
     for job in plan.jobs:
-        progress(f"{job.subject}, {job.mode}: batch size", min(1.0, budget.used / budget.seconds))
+        session.show(job, "batch size")
         jobs.append(fit(job, device, clock))
     for job in jobs:
-        for name in job.implementations:
-            if name.startswith(RESFUSE.name):
-                progress(f"{job.subject}, {job.mode}: error against float64", min(1.0, budget.used / budget.seconds))
-                results.errors += gate.judge(job.subject, job.mode, job.gate_batch, implementations[name], device)
+        session.judge(job)
     results.gate_passed = all(row.passed for row in results.errors)
-    if results.gate_passed:
-        for job in jobs:
-            if job.memory_batch != job.batch:
-                progress(f"{job.subject}, {job.mode}: saved bytes", min(1.0, budget.used / budget.seconds))
-                results.memory += measure.saved_only(job, _of(job, implementations), device)
-        for index, job in enumerate(jobs):
-            wanted = sum(each.seconds + each.compile_seconds for each in jobs[index:])
-            _measure(job, results, implementations, device, budget, budget.left / wanted, progress)
-    results.seconds = budget.used
+    after_job(results)
+    for index, job in enumerate(jobs if results.gate_passed else []):
+        wanted = sum(each.seconds + each.compile_seconds for each in jobs[index:])
+        session.measure(job, session.budget.left / wanted)
+        results.seconds = session.budget.used
+        after_job(results)
+    results.seconds = session.budget.used
     return results
 
 
@@ -84,46 +95,58 @@ def clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _measure(
-    job: Job,
-    results: Results,
-    implementations: Mapping[str, Implementation],
-    device: torch.device | str,
-    budget: Budget,
-    scale: float,
-    progress: Progress,
-) -> None:
-    """Peak and saved bytes at the timed batch, then times, in `scale` times the seconds that the job wants."""
-    began, label = budget.used, f"{job.subject}, {job.mode}, batch {job.batch}"
+@dataclass
+class _Session:
+    budget: Budget
+    device: torch.device
+    implementations: Mapping[str, Implementation]
+    compile_apart: bool
+    progress: Progress
+    results: Results = field(init=False)
 
-    def show(text: str) -> None:
-        progress(f"{label}: {text}", min(1.0, budget.used / budget.seconds))
+    def show(self, job: Job, text: str) -> None:
+        where = f"{job.subject}, {job.mode}, batch {job.batch}"
+        self.progress(f"{where}: {text}", min(1.0, self.budget.used / self.budget.seconds))
 
-    chosen = _of(job, implementations)
-    for name in [name for name, implementation in chosen.items() if implementation.compiled]:
-        show(f"{name} compiles")
-        outcome = precompile(job.subject, job.mode, job.batch, name, device, scale * job.compile_seconds)
-        if isinstance(outcome, Reason):
-            results.notes.append(NoteRow(job.subject, job.mode, name, *outcome))
-            del chosen[name]
-        else:
-            results.compile_seconds[f"{job.subject}, {job.mode}, {name}"] = outcome
-    show("memory")
-    workload = make(job.subject, job.mode, job.batch, device)
-    runners, notes = measure.prepare(workload, job, chosen)
-    results.notes += notes
-    for name, runner in runners.items():
-        results.memory.append(measure.memory_row(workload, name, chosen[name].layout, runner, peak=True))
-    show("time")
-    # What the compiler left of its share goes to the rounds of the jobs that follow.
-    left = min(scale * job.seconds, scale * (job.seconds + job.compile_seconds) - (budget.used - began))
-    results.times += measure.times(
-        job, chosen, runners, max(left, 1.0), device, lambda share: show(f"time, {share:.0%} of its rounds")
-    )
-    torch.compiler.reset()
-    del runners, workload
-    measure.release(device)
+    def judge(self, job: Job) -> None:
+        for name in job.implementations:
+            if name.startswith(RESFUSE.name):
+                self.show(job, "error against float64")
+                self.results.errors += gate.judge(
+                    job.subject, job.mode, job.gate_batch, self.implementations[name], self.device
+                )
 
+    def measure(self, job: Job, scale: float) -> None:
+        """Memory, then times, in `scale` times the seconds that the job wants."""
+        began, chosen = self.budget.used, {name: self.implementations[name] for name in job.implementations}
+        if job.memory_batch != job.batch:
+            self.show(job, f"saved bytes at batch {job.memory_batch}")
+            self.results.memory += measure.saved_only(job, chosen, self.device)
+        for name in [name for name, implementation in chosen.items() if implementation.compiled]:
+            self.show(job, f"{name} compiles")
+            outcome = self._compile(job, name, scale * job.compile_seconds)
+            if isinstance(outcome, Reason):
+                self.results.notes.append(NoteRow(job.subject, job.mode, name, *outcome))
+                del chosen[name]
+        self.show(job, "memory")
+        workload = make(job.subject, job.mode, job.batch, self.device)
+        runners, rows, notes = measure.prepare(workload, chosen)
+        self.results.memory += rows
+        self.results.notes += notes
+        left = scale * (job.seconds + job.compile_seconds) - (self.budget.used - began)
+        self.results.times += measure.times(
+            job, chosen, runners, max(1.0, min(left, scale * job.seconds)), self.device,
+            lambda share: self.show(job, f"time, {share:.0%} of its rounds"),
+        )
+        del runners, workload
+        torch.compiler.reset()
+        measure.release(self.device)
 
-def _of(job: Job, implementations: Mapping[str, Implementation]) -> dict[str, Implementation]:
-    return {name: implementations[name] for name in job.implementations}
+    def _compile(self, job: Job, name: str, seconds: float) -> float | Reason:
+        if not self.compile_apart:
+            spent = Reason("compile_budget", "the time of this part was spent before torch.compile's turn")
+            return seconds if self.budget.left > 0 else spent
+        outcome = precompile(job.subject, job.mode, job.batch, name, self.device, seconds)
+        if not isinstance(outcome, Reason):
+            self.results.compile_seconds[f"{job.subject}, {job.mode}, {name}"] = outcome
+        return outcome

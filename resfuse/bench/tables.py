@@ -2,105 +2,139 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from collections.abc import Iterable
 
-from rich.console import Console, Group
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .results import PASSES
+
+BASELINES = ("eager", "eager NCHW")
+SHORT = dict(zip(PASSES, ("fwd", "fwd+bwd"), strict=True))
 
 
 def show(results: dict, console: Console) -> None:
     """Every table that the results have rows for; nothing of speed where the gate is red."""
     console.print(errors_table(results["gate"]["rows"]))
+    for row in results["gate"]["rows"]:
+        if not row["passed"]:
+            console.print(
+                f"[bold red]RED[/] {row['subject']}, {row['mode']}, {row['implementation']}: {row['quantity']} "
+                f"has error {row['ours']:.3g}, allowed {row['allowed']:.3g}", highlight=False,
+            )
     if not results["gate"]["passed"]:
         console.print("[bold red]The correctness gate is red: no speed was measured.[/]")
         return
-    console.print(Group(memory_table(results["memory"]), times_table(results["times"])))
+    console.print(memory_table(results["memory"]))
+    console.print(times_table(results["times"]))
     for note in results["notes"]:
         where = f"{note['subject']}, {note['mode']}, {note['implementation']}"
         console.print(f"{where}: [bold]{note['code']}[/] {note['text']}", highlight=False)
 
 
 def errors_table(rows: list[dict]) -> Table:
-    table = _table("Error against float64 (median over seeds, norm of the difference over norm)")
-    for name in ("subject", "mode", "result"):
-        table.add_column(name)
-    for name in ("batch", "seeds", "eager", "resfuse", "allowed", ""):
-        table.add_column(name, justify="right")
-    for row in rows:
+    """A row for each subject, mode and fused implementation: eager's error and ours."""
+    table = _table("Error against float64, eager > resfuse (norm of the difference over norm, median of seeds)")
+    for name in ("subject", "mode", "batch", "seeds", "output", "dx or gradient", "nearest to its limit", "gate"):
+        table.add_column(name, justify="right" if name in ("batch", "seeds") else "left")
+    for group in _groups(rows, "subject", "mode", "implementation"):
+        found = {row["quantity"]: row for row in group}
+        names = [name for name in ("out", "logits", "dx", "gradient") if name in found]
+        worst = max(found, key=lambda name: found[name]["ours"] / max(found[name]["allowed"], 1e-300))
+        first = group[0]
         table.add_row(
-            row["subject"], row["mode"], row["quantity"], str(row["batch"]), str(row["seeds"]),
-            f"{row['eager']:.2g}", f"{row['ours']:.2g}", f"{row['allowed']:.2g}",
-            "[green]ok[/]" if row["passed"] else "[bold red]RED[/]",
+            first["subject"], _mode(first["mode"]), str(first["batch"]), str(first["seeds"]),
+            *(_pair(found[name]) for name in names), f"{worst} {_pair(found[worst])}",
+            "[green]pass[/]" if all(row["passed"] for row in group) else "[bold red]RED[/]",
         )
     return table
 
 
 def memory_table(rows: list[dict]) -> Table:
-    table = _table("Memory of a training step")
-    for name in ("subject", "mode", "implementation"):
+    """Saved bytes at each subject's largest batch, and wherever torch.compile has some; peaks where they were taken."""
+    names = _implementations(rows)
+    table = _table("Memory of a training step in MiB: saved for backward (of eager's), and peak")
+    for name in ("subject", "mode"):
         table.add_column(name)
-    for name in ("batch", "saved for backward", "units", "of eager", "peak", "of eager"):
+    for name in ("batch", *(f"{name} saved" for name in names), *(f"{name} peak" for name in names)):
         table.add_column(name, justify="right")
-    place = _place(rows)
-    for _, members in groupby(sorted(rows, key=place), key=place):
-        group = list(members)
-        eager = next((row for row in group if row["implementation"] == "eager"), None)
-        for row in group:
-            table.add_row(
-                row["subject"], row["mode"], row["implementation"], str(row["batch"]), _mib(row["saved_bytes"]),
-                "" if row["saved_units"] is None else f"{row['saved_units']:.2f}", _share(row, eager, "saved_bytes"),
-                _mib(row["peak_bytes"]), _share(row, eager, "peak_bytes"),
-            )
-        table.add_section()
+    for group in _groups(rows, "subject", "mode"):
+        largest = max(row["batch"] for row in group)
+        for batch in sorted({row["batch"] for row in group}):
+            found = {row["implementation"]: row for row in group if row["batch"] == batch}
+            eager = found.get("eager")
+            compared = batch == largest or any(name not in ("eager", "resfuse") for name in found)
+            saved = [_size(found.get(name), "saved_bytes", eager) if compared else "" for name in names]
+            peaks = [_size(found.get(name), "peak_bytes", eager) for name in names]
+            table.add_row(group[0]["subject"], _mode(group[0]["mode"]), str(batch), *saved, *peaks)
     return table
 
 
 def times_table(rows: list[dict]) -> Table:
-    table = _table("Time, interleaved; times faster than the faster of eager's layouts, with the median's interval")
-    for name in ("subject", "mode", "implementation"):
+    """Milliseconds and, in paired rounds, how many times faster than the faster of eager's layouts."""
+    names = [name for name in _implementations(rows) if name not in BASELINES]
+    table = _table("Time in ms, interleaved; x: times faster than eager, with the interval of the median")
+    for name in ("subject", "mode", "pass"):
         table.add_column(name)
-    for name in ("batch", "rounds", *(f"{name} ms" for name in PASSES), *(f"{name} speed-up" for name in PASSES)):
+    for name in ("batch", "rounds", "eager", *names):
         table.add_column(name, justify="right")
-    for (subject, mode), group in groupby(rows, key=lambda row: (row["subject"], row["mode"])):
-        by_name: dict[str, dict[str, dict]] = {}
-        for row in group:
-            by_name.setdefault(row["implementation"], {})[row["passes"]] = row
-        for name, row in by_name.items():
-            cells = [row[passes] for passes in PASSES]
+    for group in _groups(rows, "mode", "subject"):
+        for passes in PASSES:
+            found = {row["implementation"]: row for row in group if row["passes"] == passes}
+            baseline = found[next(iter(found.values()))["baseline"]]
+            layout = " (NCHW)" if baseline["layout"] == "NCHW" else ""
             table.add_row(
-                subject, mode, name, str(cells[0]["batch"]), str(cells[0]["seconds"]["rounds"]),
-                *(f"{1e3 * cell['seconds']['median']:.4g}" for cell in cells),
-                *(_ratio(cell["speedup"]) for cell in cells),
+                baseline["subject"], _mode(baseline["mode"]), SHORT[passes], str(baseline["batch"]),
+                str(baseline["seconds"]["rounds"]), f"{_ms(baseline)}{layout}",
+                *(_speed(found.get(name)) for name in names),
             )
-        table.add_section()
     return table
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False)
+    return Table(title=f"\n{title}", title_justify="left", title_style="bold", header_style="dim", box=None)
 
 
-def _place(rows: list[dict]):
-    """Rows of one subject, mode and batch together, in the order in which each pair first came."""
-    order: dict[tuple, int] = {}
+def _groups(rows: list[dict], *keys: str) -> Iterable[list[dict]]:
+    """Rows that agree in `keys`, in the order in which each combination first came."""
+    groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        order.setdefault((row["mode"], row["subject"]), len(order))
-    return lambda row: (order[row["mode"], row["subject"]], row["batch"])
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups.values()
 
 
-def _ratio(speedup: dict | None) -> str:
-    if speedup is None:
-        return "1"
-    return f"{speedup['median']:.2f} [{speedup['low']:.2f}, {speedup['high']:.2f}]"
+def _implementations(rows: list[dict]) -> list[str]:
+    found = {row["implementation"]: None for row in rows if row["implementation"] != "eager NCHW"}
+    return sorted(found, key=lambda name: (name.startswith("resfuse"), name not in BASELINES))
 
 
-def _share(row: dict, eager: dict | None, name: str) -> str:
-    if row is eager or not eager or row[name] is None or not eager[name]:
+def _mode(mode: str) -> str:
+    """'autocast-bfloat16' as 'bf16 autocast'."""
+    kind, _, dtype = mode.rpartition("-")
+    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
+    return f"{short} {kind}" if kind else short
+
+
+def _pair(row: dict) -> str:
+    return f"{row['eager']:.2g} > {row['ours']:.2g}"
+
+
+def _size(row: dict | None, name: str, eager: dict | None) -> str:
+    if row is None or row[name] is None:
         return ""
-    return f"{row[name] / eager[name]:.3f}"
+    size = f"{row[name] / 2**20:.1f}"
+    return size if row is eager or not eager or not eager[name] else f"{size} ({row[name] / eager[name]:.3f})"
 
 
-def _mib(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**20:.1f} MiB"
+def _speed(row: dict | None) -> str:
+    if row is None:
+        return ""
+    speedup = row["speedup"]
+    interval = f"[{speedup['low']:.2f}-{speedup['high']:.2f}]"
+    return escape(f"{_ms(row)}  x{speedup['median']:.2f} {interval}")
+
+
+def _ms(row: dict) -> str:
+    milliseconds = 1e3 * row["seconds"]["median"]
+    return f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}"

@@ -29,7 +29,7 @@ from ..testing.environment import environment
 from ..testing.models import small_resnet
 from .results import SCHEMA, write_json
 
-BATCH, RATE, WINDOW = 64, 0.05, 10
+BATCH, RATE, WINDOW = 64, 0.01, 10
 Fuse = Callable[[nn.Module], nn.Module]
 
 
