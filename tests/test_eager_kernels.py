@@ -197,6 +197,21 @@ def test_expand_stats_are_the_products_statistics(shape, dtype):
     assert (var >= 0).all()
 
 
+@pytest.mark.parametrize("channels, count", [(8, 256), (64, 4096), (3, 100_000)])
+def test_float32_variances_stay_within_their_condition(channels, count):
+    """4 eps32 kappa channel by channel, for rectified inputs with means of their own."""
+    from resfuse.testing.tolerances import check_variance, kappa
+
+    for seed in range(5):
+        offsets = 3 * torch.randn(1, channels, 1, 1, generator=torch.Generator().manual_seed(seed))
+        y = (activation(1, channels, count, 1, dtype=torch.float32, seed=seed) + offsets).relu()
+        w = weight(4 * channels, channels, torch.float32, seed)
+        var = primitive("expand_stats")(w, *primitive("covariance")(y)).var
+        cov = torch.cov(matrix(y).T, correction=0).reshape(channels, channels)
+        exact = ((w.double() @ cov) * w.double()).sum(1)
+        check_variance(f"seed {seed}", var, exact, kappa(w, cov, exact))
+
+
 def test_a_variance_that_cancels_is_clamped_and_nan_is_kept():
     w, cov = torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 1 + 1e-7], [1 + 1e-7, 1.0]])
     assert primitive("expand_stats")(w, torch.zeros(2), cov).var.item() == 0
@@ -269,6 +284,7 @@ def test_backward_of_the_expansion(centred, shape, dtype):
     affine = Affine(scale, vector(channels, dtype, 5), vector(channels, dtype, 6).abs() + 0.1)
     wg = primitive("scale_weight")(w, scale)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
+    assert wg.dtype == dtype
     close(wg, w.double() * scale.double()[:, None], dtype)
 
     mean, cov = primitive("covariance")(recipe) if centred else (None, None)
@@ -280,21 +296,27 @@ def test_backward_of_the_expansion(centred, shape, dtype):
     close(matrix(u), g @ wg.double(), exact)
     assert primitive("expand_products")(g_recipe, recipe, mean, None)[2] is None
 
-    q = c = None
+    q = q_scale = c = None
     count, da = len(y), g @ wg.double()
     if centred:
-        dgamma, dweight, q, c = primitive("expand_coefficients")(products, total, w, wg, mean, cov, affine, count)
+        dgamma, dweight, q, q_scale, c = primitive("expand_coefficients")(
+            products, total, w, wg, mean, cov, affine, count
+        )
         inv, s, w64 = affine.invstd.double(), scale.double(), w.double()
         expected_dgamma = inv * (expected * w64).sum(1)
         close(dgamma, expected_dgamma, exact)
         close(dweight, s[:, None] * (expected - (expected_dgamma * inv)[:, None] * (w64 @ cov.double())), exact)
-        close(q, w64.T @ (w64 * (s * inv * expected_dgamma / count)[:, None]), dtype)
-        close(c, g.sum(0) / count @ wg.double() - mean.double() @ q.double(), exact)
-        da = da - y @ q.double() - c.double()
+        full = w64.T @ (w64 * (s * inv * expected_dgamma / count)[:, None])
+        assert q.dtype == dtype and (1 <= q.abs().max() <= 2 or not full.any())
+        assert q_scale.log2().frac() == 0, "scaling is exact"
+        largest = max(full.abs().max().item(), 1e-300)
+        close(q_scale.double() / largest * q.double(), full / largest, dtype)
+        close(c, g.sum(0) / count @ wg.double() - mean.double() @ q.double() * q_scale, exact)
+        da = da - y @ q.double() * q_scale - c.double()
     for relu in (True, False):
         expected_da = da * (y > 0) if relu else da
-        close(matrix(primitive("expand_dgrad")(g_recipe, u, recipe, wg, q, c, relu)), expected_da, dtype)
-        close(matrix(primitive("expand_dgrad")(g_recipe, None, recipe, wg, q, c, relu)), expected_da, dtype)
+        close(matrix(primitive("expand_dgrad")(g_recipe, u, recipe, wg, q, q_scale, c, relu)), expected_da, dtype)
+        close(matrix(primitive("expand_dgrad")(g_recipe, None, recipe, wg, q, q_scale, c, relu)), expected_da, dtype)
 
 
 @pytest.mark.parametrize("batch", [True, False], ids=["batch", "constant"])

@@ -41,7 +41,7 @@ class Unit(NamedTuple):
 
 
 class Tensors(NamedTuple):
-    """The unit's parameters and, for constant statistics, its running buffers; any but weight may be None."""
+    """The unit's parameters and, for constant statistics, copies of its running buffers; any but weight may be None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -79,6 +79,9 @@ class Gradients(NamedTuple):
     dbias: Tensor | None
     dgamma: Tensor | None
     dbeta: Tensor | None
+
+
+NONE = Gradients(None, None, None, None)
 
 
 def sampled(a: Act, stride: tuple[int, int]) -> Act:
@@ -127,11 +130,11 @@ def backward_deferred(
 
 
 def backward_covariance(
-    kernels, unit: Unit, t: Tensors, kept: Kept, g: Grad, a: Act, relu: bool, needs_input: bool
+    kernels, unit: Unit, t: Tensors, kept: Kept, g: Grad, a: Act, relu: bool, needs_input: bool, needs: Tensors
 ) -> tuple[Tensor | Strided | None, Gradients]:
     """The gradient of the unit's input (masked by its ReLU if `relu`) and of its parameters, z never made.
 
-    a: the input activation, all of it; with a stride the gradient comes as `Strided`.
+    a: the input activation, all of it; with a stride the gradient comes as `Strided`. needs: a flag per parameter.
     """
     stride = unit.geometry.stride
     a = sampled(a, stride)
@@ -139,20 +142,23 @@ def backward_covariance(
     weight = matrix(t.weight, dtype)
     affine = Affine(kept.scale, kept.shift, kept.invstd)
     wg = kernels.scale_weight(weight, affine.scale)
-    products, dbeta, u = kernels.expand_products(g, a, kept.input_mean, wg if needs_input else None)
+    found, u, q, q_scale, c = NONE, None, None, None, None
+    if unit.batch or any(needs):
+        products, dbeta, u = kernels.expand_products(g, a, kept.input_mean, wg if needs_input else None)
     if unit.batch:
         cov = kernels.covariance(a)[1] if kept.cov is None else kept.cov
         count = _pixels(a)
-        dgamma, dweight, q, c = kernels.expand_coefficients(
+        dgamma, dweight, q, q_scale, c = kernels.expand_coefficients(
             products, dbeta, weight, wg, kept.input_mean, cov, affine, count
         )
-    else:
+        found = gradients(unit, t, kept, dweight, dgamma, dbeta)
+    elif any(needs):
         dgamma = affine.invstd * ((products * weight).sum(1) - dbeta * kept.mean)
-        dweight, q, c = affine.scale[:, None] * products, None, None
-    da = kernels.expand_dgrad(g, u, a, wg, q, c, relu) if needs_input else None
+        found = gradients(unit, t, kept, affine.scale[:, None] * products, dgamma, dbeta)
+    da = kernels.expand_dgrad(g, u, a, wg, q, q_scale, c, relu) if needs_input else None
     if da is not None and stride != (1, 1):
         da = Strided(da, stride)
-    return da, gradients(unit, t, kept, dweight, dgamma, dbeta)
+    return da, found
 
 
 def running_updates(
@@ -183,7 +189,7 @@ def gradients(unit: Unit, t: Tensors, kept: Kept, dweight: Tensor | None, dgamma
 
 def _constant_stats(t: Tensors, dtype: torch.dtype) -> Stats:
     """Running statistics of the convolution's output without its bias, which the products leave out."""
-    mean = t.mean.to(dtype, copy=True)
+    mean = t.mean.to(dtype)
     return Stats(mean if t.bias is None else mean - t.bias, t.var.to(dtype))
 
 

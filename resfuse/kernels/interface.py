@@ -217,20 +217,23 @@ class KernelSet(Protocol):
     def expand_coefficients(
         self, products: Tensor, sum_g: Tensor, weight: Tensor, wg: Tensor, mean: Tensor, cov: Tensor,
         affine: Affine, count: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The C-length and [K, C] algebra of the backward pass, batch statistics.
 
         dgamma = invstd * rowsum(P * W) [K]; dweight = scale * (P - dgamma * invstd * (W @ cov)) [K, C];
-        Q = W.T @ diag(scale * invstd * dgamma / M) @ W [C, C], rounded to storage;
-        c = (sum_g / M) @ Wg - mean @ Q [C], wide, from the rounded Wg and Q. Returns dgamma, dweight, Q, c.
+        Q = W.T @ diag(scale * invstd * dgamma / M) @ W [C, C] = q_scale * q, q rounded to storage and its largest
+        entry between 1 and 2 (Q is smaller than the gradient by a factor of M, and would underflow in float16),
+        q_scale a power of two, wide, 0-d; c = (sum_g / M) @ Wg - mean @ Q [C], wide, from the rounded Wg and q.
+        Returns dgamma, dweight, q, q_scale, c.
         """
 
     def expand_dgrad(
-        self, g: Grad, u: Tensor | None, a: Act, wg: Tensor, q: Tensor | None, c: Tensor | None, relu: bool
+        self, g: Grad, u: Tensor | None, a: Act, wg: Tensor,
+        q: Tensor | None, q_scale: Tensor | None, c: Tensor | None, relu: bool,
     ) -> Tensor:
-        """da = g @ Wg - a @ Q - c [N, C, H, W], rounded once; masked by a's ReLU where `relu`.
+        """da = g @ Wg - q_scale * (a @ q) - c [N, C, H, W], rounded once; masked by a's ReLU where `relu`.
 
-        u, if given, stands for g @ Wg. q and c are None for frozen statistics.
+        u, if given, stands for g @ Wg. q, q_scale and c are None for constant statistics.
         """
 
     def bn_reduce(self, dy: Tensor, z: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:

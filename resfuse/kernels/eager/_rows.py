@@ -31,18 +31,15 @@ def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -
     return torch.empty((n, channels, h, w), dtype=dtype or like.dtype, device=like.device, memory_format=layout(like))
 
 
-def parts(*tensors: Tensor, most: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of each tensor, part by part, as matrices [rows, channels].
 
     4-d tensors [N, C, H, W] are read as rows of channels, 2-d ones (masks) have those rows already. Dense tensors give
     views, to be written through as well; contiguous (NCHW) ones a sample at a time, with columns running in memory.
-    most: on a CPU, no more rows than this.
     """
     tensors = tuple(dense(t) if t.dim() == 4 else t for t in tensors)
     images = [t for t in tensors if t.dim() == 4]
     step = max(1, _PART_ELEMENTS[images[0].device.type] // max(t.shape[1] for t in images))
-    if most is not None and images[0].device.type == "cpu":
-        step = min(step, most)
     n, pixels = images[0].shape[0], images[0].shape[2] * images[0].shape[3]
     samples = n if all(layout(t) == torch.channels_last for t in images) else 1
     for first in range(0, n, samples):
@@ -92,16 +89,26 @@ def _octets(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(bits, dtype=torch.int8).to(device, dtype)
 
 
-def tf32_products(t: Tensor) -> bool:
-    """Whether torch's switch lets matrix products of t round their operands to tf32."""
-    return t.is_cuda and t.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+def reduced_products(device: torch.device) -> str | None:
+    """The shorter format, "tf32" or "bf16", to which torch's switches let float32 products round; None for none."""
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    precision = getattr(backend, "fp32_precision", None)
+    if precision is None:  # torch before 2.9
+        precision = "tf32" if device.type == "cuda" and backend.allow_tf32 else None
+    return precision if precision in ("tf32", "bf16") else None
 
 
 def as_read(t: Tensor) -> Tensor:
-    """t in wide precision with the values that a matrix product reads (rounded to tf32 where that is on)."""
-    if not tf32_products(t):
+    """t in wide precision with the values that a matrix product of it reads.
+
+    Where products of float32 may round their operands, float64, so that products of this do not.
+    """
+    reduced = reduced_products(t.device)
+    if reduced is None:
         return t.to(wide(t.dtype))
-    return round_to_tf32(t).double()  # the products that follow must not round again
+    if t.dtype == torch.float32:
+        t = round_to_tf32(t) if reduced == "tf32" else t.bfloat16()
+    return t.double()
 
 
 def round_to_tf32(t: Tensor) -> Tensor:
