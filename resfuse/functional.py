@@ -10,11 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 
 from .functions import cost
 from .functions.bottleneck import BottleneckFunction, Spec
 from .functions.unit import Running, Tensors, Unit
-from .kernels.interface import Geometry
+from .kernels import dispatch
+from .kernels.interface import Geometry, RunningUpdate
 
 
 class ArgumentError(ValueError, TypeError):
@@ -64,8 +66,8 @@ def bottleneck(
 
     x [N, C, H, W], float64, float32, bfloat16 or float16, any strides; under autocast it is cast to autocast's dtype,
     and weights always to x's. BatchNorm parameters and buffers are float32 or of x's dtype (float64 for float64).
-    Differentiable once in x, weights, biases, gammas and betas. Returns [N, K, P, Q] of x's (or autocast's) dtype,
-    channels_last if x or a weight on the main branch is, else contiguous.
+    Differentiable in x, weights, biases, gammas and betas, to any order (gradients of gradients are not fused). Returns
+    [N, K, P, Q] of x's (or autocast's) dtype, channels_last if x or a weight on the main branch is, else contiguous.
 
     Raises ArgumentError, a ValueError and TypeError, that names the argument; torch's ValueError for one value per
     channel in training; `kernels.interface.Unsupported` if a named backend cannot run it. A call that raises has
@@ -86,8 +88,16 @@ def bottleneck(
     channels_last = any(_suggests_channels_last(t) for t in (x, *(c.weight for c in convs[:3])))
     layout = torch.channels_last if channels_last else torch.contiguous_format
     running = tuple(_running(c, count) for c, count in zip(convs, pixels, strict=True))
-    spec = Spec(unit_list, running, backend, differentiable, layout)
-    return BottleneckFunction.apply(spec, x.to(dtype), *flat)
+    inside = torch.channels_last if x.is_cuda else layout
+    spec = Spec(unit_list, running, [], backend, differentiable, inside, layout)
+    update_running = dispatch.kernels(backend, x.device.type, dtype).update_running
+    try:
+        out = BottleneckFunction.apply(spec, x.to(dtype), *flat)
+    except _StopRecomputationError:  # checkpoint has what it wants; stock BatchNorms have updated by then
+        _update(update_running, spec.pending)
+        raise
+    _update(update_running, spec.pending)
+    return out
 
 
 def covariance_from(convs: tuple[ConvBN, ...]) -> list[int | None]:
@@ -102,6 +112,7 @@ def covariance_from(convs: tuple[ConvBN, ...]) -> list[int | None]:
     for c in convs[2:]:
         out, in_, *kernel = c.weight.shape
         eligible = cost.has_covariance_form(tuple(kernel), c.padding, c.groups, in_, out)
+        eligible = eligible and (c is not convs[2] or c.stride == (1, 1))  # BatchNorm 2's gradient wants all of y2's
         rows.append(cost.covariance_rows(in_, out, sum(macs)) if eligible else None)
     return rows
 
@@ -120,7 +131,7 @@ def _suggests_channels_last(t: Tensor) -> bool:
 
 def _tensors(c: ConvBN) -> Tensors:
     """The unit's tensors: running buffers only where they are read."""
-    constant = (None, None) if c.batch else (c.running_mean, c.running_var)
+    constant = (None, None) if c.batch else (c.running_mean.clone(), c.running_var.clone())  # later steps update them
     return Tensors(c.weight, c.bias, c.gamma, c.beta, *constant)
 
 
@@ -129,6 +140,12 @@ def _running(c: ConvBN, count: int) -> Running | None:
     if not c.training or (c.running_mean is None and c.num_batches_tracked is None):
         return None
     return Running(c.running_mean, c.running_var, c.num_batches_tracked, c.momentum, count)
+
+
+def _update(update_running, pending: list[RunningUpdate]) -> None:
+    with torch.no_grad():
+        update_running(pending)
+    pending.clear()
 
 
 # Validation --------------------------------------------------------------------------------------------------
@@ -190,6 +207,7 @@ def _output_shape(shape: torch.Size, c: ConvBN, name: str) -> torch.Size:
 
 def _check_tensors(x: Tensor, dtype: torch.dtype, c: ConvBN, name: str) -> None:
     autocast = torch.is_autocast_enabled(x.device.type)
+    cast = (dtype,) if dtype == torch.float64 else STORAGE_DTYPES[1:]  # what autocast casts
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for field in ("weight", "bias", "gamma", "beta", "running_mean", "running_var", "num_batches_tracked"):
         t = getattr(c, field)
@@ -200,11 +218,11 @@ def _check_tensors(x: Tensor, dtype: torch.dtype, c: ConvBN, name: str) -> None:
         if field == "num_batches_tracked":
             continue
         if field == "weight":
-            accepted = STORAGE_DTYPES if autocast else (dtype,)
+            accepted = cast if autocast else (dtype,)
         else:
             if t.shape != (c.weight.shape[0],):
                 raise ArgumentError(f"{name}.{field} must be [{c.weight.shape[0]}], got {tuple(t.shape)}")
-            accepted = STORAGE_DTYPES if autocast and field == "bias" else (dtype, wide)
+            accepted = cast if autocast and field == "bias" else (dtype, wide)
         if t.dtype not in accepted:
             raise ArgumentError(f"{name}.{field} is {t.dtype}; x in {dtype} takes {' or '.join(map(str, accepted))}")
     if (c.running_mean is None) != (c.running_var is None):

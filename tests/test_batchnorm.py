@@ -141,6 +141,24 @@ def test_one_value_per_channel_raises_torchs_error_and_changes_nothing(case):
             assert getattr(a, name) is getattr(b, name) is None or torch.equal(getattr(a, name), getattr(b, name))
 
 
+def test_a_counter_without_buffers_advances():
+    convs = tuple(c._replace(running_mean=None, running_var=None) for c in bottleneck())
+    functional.bottleneck(activation(2, 8, 4, 4), *convs)
+    assert [int(c.num_batches_tracked) for c in convs] == [4, 4, 4]
+
+
+def test_saving_for_backward_that_fails_changes_no_buffer():
+    def pack(tensor):
+        raise torch.OutOfMemoryError("injected")
+
+    convs = bottleneck()
+    before = twin(convs)
+    with pytest.raises(torch.OutOfMemoryError), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        functional.bottleneck(activation(2, 8, 4, 4), *convs)
+    for a, b in zip(convs, before, strict=True):
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in BUFFERS)
+
+
 PRIMITIVES_OF_A_FORWARD = ("conv_stats", "prepare", "covariance", "expand_stats", "finalize", "expand")
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from units import activation, bottleneck, results, twin
 
 from resfuse import functional, reference
+from resfuse.kernels import dispatch
 
 pytestmark = pytest.mark.gate  # no speed is reported while these fail
 
@@ -150,7 +151,8 @@ def test_backward_twice_with_retain_graph():
 @pytest.mark.parametrize("shortcut", SHORTCUTS)
 def test_double_backward(shortcut, mode):
     """A gradient penalty: the gradient of a gradient, in x and in a weight."""
-    convs, x = bottleneck(**SHORTCUTS[shortcut], **MODES[mode]), activation(2, 8, 4, 4)
+    convs = bottleneck(**SHORTCUTS[shortcut], **MODES[mode], eps=0.1, bias=True)
+    x = activation(2, 8, 4, 4)
     found = []
     for block, run in ((convs, functional.bottleneck), (twin(convs), reference.bottleneck)):
         leaf = x.clone().requires_grad_()
@@ -160,6 +162,111 @@ def test_double_backward(shortcut, mode):
         found.append((leaf.grad, block[1].weight.grad, block[2].gamma.grad))
     for ours, theirs in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shortcut", ["identity", "projection"])
+def test_autocast_is_the_explicit_cast_bit_for_bit(dtype, shortcut, form):
+    """Statistics are those of the weights as the products read them, and autocast is off inside."""
+    convs = bottleneck(shortcut=shortcut, dtype=torch.float32)
+    x, found = activation(9, 8, 6, 6, dtype=torch.float32) + 3, []
+    for cast in (False, True):
+        block = twin(convs)
+        if cast:
+            block = tuple(c._replace(weight=c.weight.detach().to(dtype).requires_grad_()) for c in block)
+        leaf = (x.to(dtype) if cast else x.clone()).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=not cast):
+            out = functional.bottleneck(leaf, *block)
+        torch.manual_seed(1)
+        found.append(results(out, torch.randn(out.shape).to(out), leaf, block))
+    for name, value in found[1].items():
+        assert torch.equal(found[0][name].to(value.dtype), value), name
+
+
+def spied(monkeypatch, primitive, backend="auto", dtype=torch.float64):
+    """The arguments of each call of a primitive, as they come."""
+    kernels, calls = dispatch.kernels(backend, "cpu", dtype), []
+    working = getattr(kernels, primitive)
+    monkeypatch.setattr(kernels, primitive, lambda *a, **k: calls.append((a, k)) or working(*a, **k))
+    return calls
+
+
+def test_no_mask_is_made_without_gradients(monkeypatch, form):
+    calls = spied(monkeypatch, "expand" if form == "covariance" else "apply")
+    with torch.no_grad():
+        functional.bottleneck(activation(4, 8, 3, 3), *bottleneck())
+    functional.bottleneck(activation(4, 8, 3, 3), *bottleneck())
+    assert [arguments.get("want_mask", positional[-1]) for positional, arguments in calls] == [False, True]
+
+
+def test_the_covariance_is_kept_where_it_is_small(monkeypatch):
+    for n, recomputed in ((2, 1), (400, 0)):
+        out = functional.bottleneck(activation(n, 8, 4, 4), *bottleneck())
+        with monkeypatch.context() as patch:
+            calls = spied(patch, "covariance")
+            out.sum().backward()
+            assert len(calls) == recomputed
+
+
+def test_gradients_that_nobody_wants_are_not_computed(monkeypatch, form):
+    """Only a gamma of BatchNorm 2 is trained: no weight gradient, and nothing of the shortcut or of conv1."""
+    convs = bottleneck(shortcut="projection")
+    for i, c in enumerate(convs):
+        for name in ("weight", "gamma", "beta"):
+            getattr(c, name).requires_grad_((i, name) == (1, "gamma"))
+    out = functional.bottleneck(activation(4, 8, 4, 4), *convs)
+    products, backward = spied(monkeypatch, "expand_products"), spied(monkeypatch, "conv_backward")
+    out.sum().backward()
+    assert len(products) == (form == "covariance") and not any(arguments[-1][1] for arguments, _ in backward)
+    assert convs[1].gamma.grad is not None
+
+
+def test_frozen_and_untrained_needs_no_products(monkeypatch):
+    convs = bottleneck(training=False)
+    for c in convs:
+        for name in ("weight", "gamma", "beta"):
+            getattr(c, name).requires_grad_(False)
+    calls, found = spied(monkeypatch, "expand_products"), []
+    for run in (functional.bottleneck, reference.bottleneck):
+        x = activation(4, 8, 4, 4).requires_grad_()
+        run(x, *convs).square().sum().backward()
+        found.append(x.grad)
+    assert not calls and torch.allclose(*found, rtol=1e-9)
+
+
+def test_few_frozen_rows_are_expanded_all_the_same(monkeypatch):
+    """Constant statistics need no covariance, so nothing speaks against the form that stores no product."""
+    calls = spied(monkeypatch, "expand")
+    functional.bottleneck(activation(1, 8, 2, 2), *bottleneck(training=False))
+    assert len(calls) == 1
+
+
+def test_a_strided_third_convolution():
+    convs = bottleneck(shortcut="projection", stride=2, out_channels=12)
+    convs = (convs[0], convs[1]._replace(stride=(1, 1)), convs[2]._replace(stride=(2, 2)), convs[3])
+    compare(convs, activation(9, 8, 8, 8))
+
+
+def test_a_train_step_between_an_eval_forward_and_its_backward():
+    convs, x = bottleneck(), activation(4, 8, 4, 4)
+    frozen = tuple(c._replace(training=False) for c in convs)
+    expected = functional.bottleneck(x.clone().requires_grad_(), *twin(frozen))
+    out = functional.bottleneck(x.requires_grad_(), *frozen)
+    functional.bottleneck(x, *convs)
+    out.sum().backward()
+    assert torch.equal(out, expected) and x.grad is not None
+
+
+@pytest.mark.parametrize("formats", [(False, 1, True), (False, 3, False), (True, 3, True)], ids=str)
+def test_which_weight_decides_the_layout(formats):
+    """x, the main branch's weights: any of them channels_last; the shortcut's does not count."""
+    x_last, index, expected = formats
+    convs = list(bottleneck(shortcut="projection"))
+    weight = convs[index].weight.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    convs[index] = convs[index]._replace(weight=weight)
+    out = functional.bottleneck(activation(2, 8, 4, 4, channels_last=x_last), *convs)
+    theirs = reference.bottleneck(activation(2, 8, 4, 4, channels_last=x_last), *twin(convs))
+    assert layout(out) == layout(theirs) and out.is_contiguous(memory_format=torch.channels_last) is expected
 
 
 def test_the_input_and_the_incoming_gradient_are_not_written(form):

@@ -84,7 +84,6 @@ def test_nothing_is_kept_without_gradients():
 
 
 def test_nchw_keeps_the_input_itself():
-    """The channels_last copies of an NCHW input and output live within each direction only."""
     case = STAGES[0]
     block = resfuse.fuse(make_block(case, memory_format=torch.contiguous_format))
     x = make_input(case, memory_format=torch.contiguous_format).requires_grad_()

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch
-from ..kernels.interface import Act, Addend, Grad, Masked, Norm, Second, Strided
+from ..kernels.interface import Act, Addend, Grad, Masked, Norm, RunningUpdate, Second, Strided
 from . import composite
 from . import unit as units
-from .unit import Gradients, Kept, Running, Tensors, Unit
+from .unit import NONE, Gradients, Kept, Running, Tensors, Unit
 
 TENSORS_PER_UNIT = len(Tensors._fields)
 KEPT_PER_UNIT = len(Kept._fields)
@@ -27,13 +27,16 @@ KEPT_PER_UNIT = len(Kept._fields)
 
 class Spec(NamedTuple):
     """What is static in one call. units: conv1, conv2, conv3 and, if the shortcut is a projection, its own;
-    running: the buffers that each unit's statistics update, None for none; layout: the activations' memory format."""
+    running: the buffers that each unit's statistics update, None for none; pending: where forward leaves those updates;
+    layout: the memory format inside the block; out_layout: that of out and dx."""
 
     units: tuple[Unit, ...]
     running: tuple[Running | None, ...]
+    pending: list[RunningUpdate]
     backend: str
     differentiable: bool
     layout: torch.memory_format
+    out_layout: torch.memory_format
 
 
 class Saved(NamedTuple):
@@ -47,7 +50,7 @@ class Saved(NamedTuple):
 
 
 class BottleneckFunction(torch.autograd.Function):
-    """apply(spec, x, *tensors) -> out; the running buffers of spec are updated last, when nothing can fail any more.
+    """apply(spec, x, *tensors) -> out; the caller then makes the updates in spec.pending.
 
     x [N, C, H, W] in storage dtype, any strides; tensors: the units' `Tensors`, flat. Weights may be of another
     dtype (autocast): they are cast here, and their gradients come in their own.
@@ -59,8 +62,8 @@ class BottleneckFunction(torch.autograd.Function):
         k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             out, saved, stats = _forward(k, spec, x, tensors)
-            out = out.contiguous(memory_format=spec.layout)  # one-channel activations inside have both layouts
-            k.update_running(units.running_updates(spec.running, stats, tensors))
+            out = out.contiguous(memory_format=spec.out_layout)
+            spec.pending.extend(units.running_updates(spec.running, stats, tensors))
         if spec.differentiable:
             kept = [t for unit in saved.kept for t in unit]
             ctx.save_for_backward(*flat, saved.x, saved.z1, saved.z2, saved.mask, *kept)
@@ -74,16 +77,14 @@ class BottleneckFunction(torch.autograd.Function):
         flat, (x, z1, z2, mask, *kept) = _split(ctx.saved_tensors, split)  # read once: hooks may recompute them
         tensors = _grouped(flat, Tensors)
         saved = Saved(x, z1, z2, mask, _grouped(kept, Kept))
-        needs = tuple(any(group) for group in _grouped(ctx.needs_input_grad[2:], Tensors))
+        needs = _grouped(ctx.needs_input_grad[2:], Tensors)
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
                 out = composite.bottleneck(x, spec.units, tensors)
                 return None, *composite.differentiable_gradients(out, dout, [x, *flat])
             dx, grads = _backward(ctx.kernels, spec, tensors, saved, dout, ctx.needs_input_grad[1], needs)
-            dx = None if dx is None else dx.contiguous(memory_format=spec.layout)
-        found = [g for group in grads for g in (*group, None, None)]
-        wanted = [g if need else None for g, need in zip(found, ctx.needs_input_grad[2:], strict=True)]
-        return None, dx, *wanted
+            dx = None if dx is None else dx.contiguous(memory_format=spec.out_layout)
+        return None, dx, *(g for group in grads for g in (*group, None, None))
 
 
 def _forward(k, spec: Spec, x: Tensor, tensors: tuple[Tensors, ...]):
@@ -111,24 +112,26 @@ def _forward(k, spec: Spec, x: Tensor, tensors: tuple[Tensors, ...]):
 
 
 def _backward(
-    k, spec: Spec, tensors: tuple[Tensors, ...], saved: Saved, dout: Tensor, needs_x: bool, needs: tuple[bool, ...]
+    k, spec: Spec, tensors: tuple[Tensors, ...], saved: Saved, dout: Tensor, needs_x: bool, needs: tuple[Tensors, ...]
 ) -> tuple[Tensor | None, list[Gradients]]:
     (unit1, unit2, unit3, *_), (t1, t2, t3, *_), (kept1, kept2, kept3, *_) = spec.units, tensors, saved.kept
-    none = Gradients(None, None, None, None)
     x, dout = (t.contiguous(memory_format=spec.layout) for t in (saved.x, dout))
-    needs_z1 = needs_x or needs[0]
-    needs_z2 = needs_z1 or needs[1]
+    needs_z1 = needs_x or any(needs[0])
+    needs_z2 = needs_z1 or any(needs[1])
     g = k.prepare(Masked(dout, saved.mask))
 
     add, shortcut = g, []
     if len(spec.units) == 4:
-        add, grads = _wide_backward(k, spec.units[3], tensors[3], saved.kept[3], g, x, False, needs_x)
-        shortcut = [grads]
+        projection = spec.units[3], tensors[3], saved.kept[3]
+        add, shortcut = None, [NONE]
+        if needs_x or any(needs[3]):
+            add, grads = _wide_backward(k, *projection, g, x, False, needs_x, needs[3])
+            shortcut = [grads]
 
     y2 = k.prepare(Norm(saved.z2, kept2.scale, kept2.shift))
-    dy2, grads3 = _wide_backward(k, unit3, t3, kept3, g, y2, unit3.covariance, needs_z2)
+    dy2, grads3 = _wide_backward(k, unit3, t3, kept3, g, y2, unit3.covariance, needs_z2, needs[2])
     if not needs_z2:
-        return None, [none, none, grads3, *shortcut]
+        return None, [NONE, NONE, grads3, *shortcut]
     del g
     if not needs_x:
         add = None
@@ -137,29 +140,29 @@ def _backward(
     dz2, dgamma2, dbeta2 = units.backward_deferred(k, unit2, t2, kept2, dy2, saved.z2, unmasked)
     del dy2, y2, unmasked
     y1 = k.prepare(Norm(saved.z1, kept1.scale, kept1.shift))
-    dy1, dweight2 = _conv_backward(k, unit2, t2, dz2, y1, None, (needs_z1, needs[1]))
+    dy1, dweight2 = _conv_backward(k, unit2, t2, dz2, y1, None, (needs_z1, needs[1].weight))
     grads2 = units.gradients(unit2, t2, kept2, dweight2, dgamma2, dbeta2)
     del dz2
     if not needs_z1:
-        return None, [none, grads2, grads3, *shortcut]
+        return None, [NONE, grads2, grads3, *shortcut]
 
     dz1, dgamma1, dbeta1 = units.backward_deferred(k, unit1, t1, kept1, dy1, saved.z1, y1)
     del dy1, y1
-    dx, dweight1 = _conv_backward(k, unit1, t1, dz1, x, add, (needs_x, needs[0]))
+    dx, dweight1 = _conv_backward(k, unit1, t1, dz1, x, add, (needs_x, needs[0].weight))
     grads1 = units.gradients(unit1, t1, kept1, dweight1, dgamma1, dbeta1)
     return dx, [grads1, grads2, grads3, *shortcut]
 
 
 def _wide_backward(
-    k, unit: Unit, t: Tensors, kept: Kept, g: Grad, a: Act, relu: bool, needs_input: bool
+    k, unit: Unit, t: Tensors, kept: Kept, g: Grad, a: Act, relu: bool, needs_input: bool, needs: Tensors
 ) -> tuple[Tensor | Strided | None, Gradients]:
     """Backward of a unit whose output was not kept: conv3 or the projection; `relu` masks da (covariance form)."""
     if unit.covariance:
-        return units.backward_covariance(k, unit, t, kept, g, a, relu, needs_input)
+        return units.backward_covariance(k, unit, t, kept, g, a, relu, needs_input, needs)
     dtype = (a.z if isinstance(a, Norm) else a).dtype
     z, _ = k.conv_stats(a, t.weight.to(dtype), unit.geometry, stats=False)
     dz, dgamma, dbeta = units.backward_deferred(k, unit, t, kept, g, z, None)
-    da, dweight = _conv_backward(k, unit, t, dz, a, None, (needs_input, True))
+    da, dweight = _conv_backward(k, unit, t, dz, a, None, (needs_input, needs.weight))
     return da, units.gradients(unit, t, kept, dweight, dgamma, dbeta)
 
 
