@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import nn
 
 from .blocks import plans
-from .blocks.mixin import FusedMixin, State, disabled, fused_class
+from .blocks.mixin import FusedMixin, State, fused_class, original_class
 from .kernels import dispatch
 from .kernels.interface import Reason, Unsupported
 
@@ -56,8 +58,8 @@ class Report:
 
     fused: (fqn, class, forms of the wide products); skipped: (fqn, code, text); notes: (code, text);
     fallbacks: (fqn, code, text, count) of calls that ran the original forward; kernels: (primitive, kernel set,
-    code, text) of refusals inside a fused call; coverage: share of the model's convolution multiply-adds inside fused
-    blocks at `input_size`, None if that could not be counted.
+    code, text) of refusals inside fused calls, of this process; coverage: share of the model's convolution
+    multiply-adds inside fused blocks at `input_size`, None if that could not be counted.
     """
 
     fused: list[tuple[str, str, str]] = field(default_factory=list)
@@ -115,12 +117,19 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Give every fused module its original class back, in place; returns the same model."""
+    """Give every fused module its original class back, in place; returns the same model.
+
+    A class of your own that subclasses a fused one has no other forward: it is left as it is, with a warning.
+    """
     _check_model(model)
     for module in model.modules():
         if isinstance(module, FusedMixin):
+            original = original_class(type(module))
+            if original is type(module):
+                warnings.warn(f"{original.__qualname__} is defined as a fused block and stays one", stacklevel=2)
+                continue
             module.__dict__.pop("_resfuse_state", None)
-            module.__class__ = _original(type(module))
+            module.__class__ = original
     return model
 
 
@@ -146,7 +155,7 @@ def report(model: nn.Module, *, input_size: tuple[int, int, int, int] = (1, 3, 2
     for fqn, module, _ in survey:
         if isinstance(module, FusedMixin):
             counts = module.resfuse_state.fallbacks
-            result.fallbacks += [(fqn, code, text, count) for (code, text), count in counts.items()]
+            result.fallbacks += [(fqn, code, text, count) for code, (count, text) in counts.items()]
     result.kernels = [(primitive, name, *reason) for primitive, name, reason in dispatch.fallbacks()]
     return result
 
@@ -161,7 +170,7 @@ def _survey(
         if id(module) in seen:
             return
         seen.add(id(module))
-        plan = plans.plan_for(_original(type(module)))
+        plan = _plan(module)
         if plan is not None:
             if filter_fn is not None and not filter_fn(module, fqn):
                 yield fqn, module, Reason("filtered", "filter_fn returned False")
@@ -181,8 +190,7 @@ def _describe(model: nn.Module, survey: list[tuple[str, nn.Module, Reason | None
     result = Report(input_size=tuple(input_size))
     blocks = [(fqn, module) for fqn, module, reason in survey if reason is None]
     for fqn, module in blocks:
-        original = _original(type(module))
-        result.fused.append((fqn, original.__name__, plans.plan_for(original).forms(module)))
+        result.fused.append((fqn, type(module).__name__, _plan(module).forms(module)))
     result.skipped = [(fqn, *reason) for fqn, _, reason in survey if reason is not None]
     if any(_is_nchw(conv) for _, module in blocks for conv in module.modules() if isinstance(conv, nn.Conv2d)):
         result.notes.append(LAYOUT)
@@ -191,24 +199,25 @@ def _describe(model: nn.Module, survey: list[tuple[str, nn.Module, Reason | None
 
 
 def _coverage(model: nn.Module, blocks: list[nn.Module], input_size: tuple[int, ...]) -> float | None:
-    """Share of convolution multiply-adds inside `blocks`, from one forward on the meta device (no data, no change)."""
+    """Share of convolution multiply-adds inside `blocks`, from a forward of a copy without data, hooks or training."""
     macs: Counter[int] = Counter()
-
-    def count(conv: nn.Module, _, output: torch.Tensor) -> None:
-        macs[id(conv)] += output[:, 0].numel() * conv.weight.numel()
-
-    convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
-    tensors = {name: t.detach().to("meta") for name, t in (*model.named_parameters(), *model.named_buffers())}
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    handles = [conv.register_forward_hook(count) for conv in convs]
+    tensors = (*model.parameters(), *model.buffers())
     try:
-        with disabled(), torch.no_grad():
-            torch.func.functional_call(model, tensors, torch.empty(input_size, dtype=dtype, device="meta"))
-    except Exception:  # a model may want other inputs, or look at its data: then the share is unknown
+        empty = {id(t): torch.empty_like(t, device="meta", requires_grad=t.requires_grad) for t in tensors}
+        twin = copy.deepcopy(model, empty).eval()
+        for module, original in zip(twin.modules(), model.modules(), strict=True):
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+            if isinstance(module, nn.modules.conv._ConvNd):
+                def count(conv: nn.Module, _, output: torch.Tensor, key: int = id(original)) -> None:
+                    macs[key] += output[:, 0].numel() * conv.weight.numel()
+
+                module.register_forward_hook(count)
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+        with torch.no_grad():
+            twin(torch.empty(input_size, dtype=dtype, device="meta"))
+    except Exception:  # a model may want other inputs, look at its data, or not be copied: then the share is unknown
         return None
-    finally:
-        for handle in handles:
-            handle.remove()
     total = sum(macs.values())
     inside = sum(macs[id(m)] for block in blocks for m in block.modules())
     return inside / total if total else None
@@ -219,8 +228,8 @@ def _is_nchw(conv: nn.Conv2d) -> bool:
     return math.prod(weight.shape[2:]) > 1 and not weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def _original(cls: type) -> type:
-    return cls.__mro__[2] if issubclass(cls, FusedMixin) else cls
+def _plan(module: nn.Module) -> ModuleType | None:
+    return module.plan if isinstance(module, FusedMixin) else plans.plan_for(type(module))
 
 
 def _check_model(model) -> None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 import resfuse
+from resfuse.kernels import dispatch
 
 
 def small(block=Bottleneck, **settings) -> ResNet:
@@ -157,6 +159,8 @@ CHANGES = {
     "norm": (lambda b: setattr(b, "bn2", nn.GroupNorm(2, 4)), "module_type"),
     "convolution": (lambda b: setattr(b, "conv2", nn.Sequential(b.conv2)), "module_type"),
     "padding mode": (lambda b: setattr(b.conv2, "padding_mode", "reflect"), "padding"),
+    "named padding": (lambda b: setattr(b.conv2, "padding", "same"), "padding"),
+    "shared norm": (lambda b: setattr(b, "bn2", b.bn1), "shared_norm"),
     "downsample": (lambda b: setattr(b, "downsample", nn.Sequential(nn.AvgPool2d(1))), "downsample"),
     "parametrization": (lambda b: nn.utils.parametrizations.weight_norm(b.conv1), "module_type"),
 }
@@ -176,6 +180,14 @@ def test_what_the_fused_path_does_not_cover_runs_the_original_and_is_counted(cha
     assert CHANGES[change][1] in str(resfuse.report(fused, input_size=(1, 16, 6, 6)))
 
 
+def test_a_hook_on_the_shortcut_fires():
+    shortcut = nn.Sequential(nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16))
+    model, seen = resfuse.fuse(nn.Sequential(Bottleneck(16, 4, downsample=shortcut))), []
+    shortcut.register_forward_hook(lambda *_: seen.append(1))
+    model(torch.randn(2, 16, 6, 6))
+    assert seen == [1]
+
+
 def test_a_removed_hook_gives_the_fused_path_back():
     model = resfuse.fuse(nn.Sequential(Bottleneck(16, 4)))
     seen = []
@@ -183,7 +195,7 @@ def test_a_removed_hook_gives_the_fused_path_back():
     model(torch.randn(2, 16, 6, 6))
     handle.remove()
     model(torch.randn(2, 16, 6, 6))
-    assert len(seen) == 1 and sum(model[0].resfuse_state.fallbacks.values()) == 1
+    assert len(seen) == 1 and model[0].resfuse_state.fallbacks["inner_hook"][0] == 1
 
 
 def test_hooks_on_the_block_fire_and_it_stays_fused():
@@ -220,7 +232,7 @@ def test_transforms_and_tracing_run_the_original():
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         assert torch.autograd.forward_ad.unpack_dual(model(dual)).tangent is not None
-    codes = {reason.code for reason in model[0].resfuse_state.fallbacks}
+    codes = set(model[0].resfuse_state.fallbacks)
     assert {"forward_ad", "tracing"} <= codes and codes & {"functorch", "input_type"}
 
 
@@ -244,6 +256,59 @@ def test_bottleneck_is_a_drop_in_for_torchvisions_class():
     assert torch.allclose(model(x), twin(x), rtol=1e-3, atol=1e-4)
     assert type(pickle.loads(pickle.dumps(model)).layer1[0]) is resfuse.Bottleneck
     assert len(resfuse.report(model).fused) == 4 and not resfuse.report(model).fallbacks
+
+
+class Mine(resfuse.Bottleneck):
+    pass
+
+
+def test_a_subclass_of_bottleneck_copies_and_is_reported():
+    model = nn.Sequential(Mine(16, 4))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other[0]) is Mine
+        other(torch.randn(2, 16, 6, 6)).sum().backward()
+    assert [name for _, name, _ in resfuse.report(model, input_size=(1, 16, 8, 8)).fused] == ["Mine"]
+    with pytest.warns(UserWarning, match="Mine is defined as a fused block"):
+        resfuse.unfuse(model)
+    assert type(model[0]) is Mine
+
+
+def test_the_class_itself_pickles():
+    assert pickle.loads(pickle.dumps(resfuse.Bottleneck)) is resfuse.Bottleneck
+
+
+def test_explaining_fires_no_hook_and_moves_no_statistic():
+    model, seen = small(), []
+    model.layer1[0].register_forward_hook(lambda *_: seen.append(1))
+    before = copy.deepcopy(model.state_dict())
+    assert resfuse.explain(model, input_size=(1, 3, 32, 32)).coverage > 0.9
+    assert not seen and len(model.layer1[0]._forward_hooks) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def test_disabled_is_of_this_thread():
+    model, seen = resfuse.fuse(nn.Sequential(Bottleneck(16, 4))), []
+    worker = threading.Thread(target=lambda: seen.append(resfuse.blocks.mixin.call_refusal(torch.ones(1, 1, 1, 1))))
+    with resfuse.disabled():
+        worker.start()
+        worker.join()
+        assert resfuse.blocks.mixin.call_refusal(torch.ones(1, 1, 1, 1)).code == "disabled"
+    assert seen == [None] and model is not None
+
+
+def test_a_refusal_of_a_kernel_set_is_reported(monkeypatch):
+    """conv3 recomputed beside a projection in covariance form: the CPU set's `apply` has no second product."""
+    if dispatch.kernels("auto", "cpu", torch.float32).chosen["apply"] != "cpu":
+        pytest.skip("native_missing: the native library is not built")
+    monkeypatch.setattr(resfuse.functional, "covariance_from", lambda convs: [None, None, None, 1])
+    model = nn.Sequential(Bottleneck(8, 4, downsample=nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16))))
+    resfuse.fuse(model.to(memory_format=torch.channels_last))
+    model(torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last))
+    assert ("apply", "cpu", "residual_second") in {row[:3] for row in resfuse.report(model).kernels}
+
+
+def test_a_named_backend_serves_everything_itself():
+    assert set(dispatch.kernels("eager", "cpu", torch.float32).chosen.values()) == {"eager"}
 
 
 def test_layout_note_and_coverage():

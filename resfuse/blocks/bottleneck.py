@@ -26,6 +26,9 @@ def refusal(block: nn.Module) -> Reason | None:
             return reason
     if type(block.relu) is not nn.ReLU:
         return Reason("module_type", f"relu is a {type(block.relu).__name__}, not nn.ReLU")
+    norms = [pair.modules(block)[1] for pair in _pairs(block)]
+    if len(set(map(id, norms))) < len(norms):
+        return Reason("shared_norm", "one BatchNorm serves two convolutions, and would be updated once")
     for reason in (wrapped("relu", block.relu), *(pair_refusal(block, pair) for pair in _pairs(block))):
         if reason:
             return reason

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
@@ -23,27 +23,32 @@ NORMS = {
     "torchvision.ops.misc.FrozenBatchNorm2d": "frozen",
 }
 PLAIN = (nn.Parameter, torch.Tensor, type(None))  # subclasses may do more
-_disabled = int(os.environ.get("RESFUSE_DISABLE", "0") not in ("", "0"))
+_disabled = ContextVar("resfuse_disabled", default=os.environ.get("RESFUSE_DISABLE", "0") not in ("", "0"))
 
 
 class disabled:
-    """Context manager: fused modules run their original forward inside it. `RESFUSE_DISABLE=1` does so for good."""
+    """Context manager: fused modules run their original forward inside it, in this thread.
+
+    `RESFUSE_DISABLE=1` in the environment does so for good.
+    """
 
     def __enter__(self) -> None:
-        global _disabled
-        _disabled += 1
+        self.token = _disabled.set(True)
 
     def __exit__(self, *_) -> None:
-        global _disabled
-        _disabled -= 1
+        _disabled.reset(self.token)
 
 
 class State:
-    """What a fused module carries besides its own attributes: its backend and the count of each fallback."""
+    """What a fused module carries besides its own attributes: its backend, and per code the count of calls that ran
+    the original forward and the last one's reason."""
 
     def __init__(self, backend: str = "auto"):
         self.backend = backend
-        self.fallbacks: Counter[tuple[str, str]] = Counter()
+        self.fallbacks: dict[str, tuple[int, str]] = {}
+
+    def count(self, reason: Reason) -> None:
+        self.fallbacks[reason.code] = self.fallbacks.get(reason.code, (0, ""))[0] + 1, reason.text
 
 
 class Pair(NamedTuple):
@@ -83,16 +88,19 @@ class FusedMixin:
             except ArgumentError as error:
                 reason = Reason("argument", str(error))
         if reason.code != "disabled":
-            self.resfuse_state.fallbacks[reason] += 1
+            self.resfuse_state.count(reason)
         return super().forward(x)
 
     def __reduce_ex__(self, protocol):
-        return _new_fused, (type(self).__mro__[2],), self.__dict__.copy()
+        original = original_class(type(self))
+        if original is type(self):  # a user's subclass of a fused class pickles as any class
+            return super().__reduce_ex__(protocol)
+        return _new_fused, (original,), self.__dict__.copy()
 
 
 def call_refusal(x) -> Reason | None:
     """Why this call must run the original forward, as far as the input and the interpreter's state tell."""
-    if _disabled:
+    if _disabled.get():
         return Reason("disabled", "inside resfuse.disabled() or under RESFUSE_DISABLE=1")
     if type(x) not in PLAIN:
         return Reason("input_type", f"the input is a {type(x).__name__}, not a plain tensor")
@@ -120,8 +128,6 @@ def pair_refusal(block: nn.Module, pair: Pair) -> Reason | None:
         return Reason("padding", f"{pair.conv} pads by {conv.padding_mode!r}, {conv.padding!r}; zeros by numbers only")
     if norm_kind(type(norm)) is None:
         return Reason("module_type", f"{pair.norm} is a {type(norm).__name__}, not nn.BatchNorm2d")
-    if (norm.weight is None) != (norm.bias is None):
-        return Reason("affine", f"{pair.norm} has only one of weight and bias")
     for name, module in ((pair.conv, conv), (pair.norm, norm)):
         reason = wrapped(name, module)
         if reason:
@@ -168,9 +174,14 @@ def qualified_name(cls: type) -> str:
 
 @cache
 def fused_class(cls: type, plan) -> type:
-    """The fused subclass of a block's class."""
-    namespace = {"plan": plan, "__module__": __name__, "__doc__": cls.__doc__}
-    return type("Fused" + cls.__name__, (FusedMixin, cls), namespace)
+    """The fused subclass of a block's class; the plan's module offers it under the class's own name."""
+    namespace = {"plan": plan, "original": cls, "__module__": plan.__name__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (FusedMixin, cls), namespace)
+
+
+def original_class(cls: type) -> type:
+    """The class that `fused_class` was given; any other class is its own."""
+    return cls.__dict__["original"] if "original" in cls.__dict__ and issubclass(cls, FusedMixin) else cls
 
 
 def _new_fused(cls: type) -> nn.Module:
