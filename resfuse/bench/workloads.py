@@ -105,14 +105,20 @@ class Runner:
 
 
 def make(
-    subject: str, mode: str, batch: int, device: torch.device | str = "cpu", seed: int = 0, size: int | None = None
+    subject: str,
+    mode: str,
+    batch: int,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    size: int | None = None,
+    kinks: bool = True,
 ) -> Workload:
     """subject: a name of `testing.cases.CASES` or `NETWORKS`; mode: of `testing.comparison.MODES`.
 
-    size: a network's image size, None for its own. Raises KeyError for unknown names.
+    size: a network's image size, None for its own; kinks: as in `make_block`, for blocks. Raises KeyError for unknown names.
     """
     if subject in CASES:
-        return _block(subject, mode, batch, device, seed)
+        return _block(subject, mode, batch, device, seed, kinks)
     network = NETWORKS[subject]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -122,12 +128,14 @@ def make(
     return Workload(subject, mode, model.train(), x, labels, None)
 
 
-def _block(subject: str, mode_name: str, batch: int, device: torch.device | str, seed: int) -> Workload:
+def _block(
+    subject: str, mode_name: str, batch: int, device: torch.device | str, seed: int, kinks: bool
+) -> Workload:
     case, mode = replace(CASES[subject], batch=batch), MODES[mode_name]
     return Workload(
         subject,
         mode_name,
-        make_block(case, seed, mode.parameters, device=device),
+        make_block(case, seed, mode.parameters, device=device, kinks=kinks),
         make_input(case, mode.compute, seed=seed, device=device),
         make_gradient(case, mode.compute, seed=seed, device=device),
         case.unit_bytes(mode.compute.itemsize),

@@ -1,0 +1,129 @@
+"""`python -m resfuse`: a red gate reports no speed, results are complete, training is judged."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+import resfuse
+from resfuse.bench import command, gate, verify
+from resfuse.bench.implementations import EAGER, IMPLEMENTATIONS, RESFUSE, Implementation
+from resfuse.bench.photographs import photographs
+from resfuse.bench.plan import Job, Plan, fit, plan
+from resfuse.bench.results import write_json
+
+SMALL_PLAN = Plan(6.0, tuple(
+    Job(subject, mode, 4, 8, (EAGER.name, RESFUSE.name), 1.0, gate_batch=4)
+    for subject in ("small-projection", "small-resnet") for mode in ("float32", "autocast-bfloat16")
+))
+
+
+def run(tmp_path, implementations=IMPLEMENTATIONS, chosen=SMALL_PLAN):
+    console = Console(width=200, record=True, file=io.StringIO())
+    files = tmp_path / "r.json", tmp_path / "r.png"
+    code = command.bench(chosen, "python -m resfuse bench", *files, torch.device("cpu"), console, implementations)
+    return code, json.loads(files[0].read_text()), console.export_text(), files[1].exists()
+
+
+def test_a_run_has_errors_memory_and_time_of_everything(tmp_path):
+    code, results, text, figure = run(tmp_path)
+    assert code == 0 and figure and results["gate"]["passed"] is True
+    keys = {(job.subject, job.mode) for job in SMALL_PLAN.jobs}
+    for rows in (results["gate"]["rows"], results["memory"], results["times"]):
+        assert {(row["subject"], row["mode"]) for row in rows} == keys
+    ours = [row for row in results["times"] if row["implementation"] == RESFUSE.name]
+    assert {row["passes"] for row in ours} == {"forward", "forward+backward"}
+    assert all(row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"] for row in ours)
+    assert all(row["saved_bytes"] > 0 and row["batch"] in (4, 8) for row in results["memory"])
+    environment = results["environment"]
+    assert environment["versions"]["torch"] == torch.__version__ and environment["device"] and "commit" in environment
+    assert "small-resnet" in text
+
+
+def test_a_red_gate_reports_no_speed(tmp_path):
+    def wrong(model):
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.data.mul_(1.5)
+        return resfuse.fuse(model)
+
+    broken = {**IMPLEMENTATIONS, RESFUSE.name: Implementation(RESFUSE.name, wrong)}
+    code, results, text, figure = run(tmp_path, broken)
+    assert code != 0 and not figure
+    assert results["gate"]["passed"] is False and results["times"] == [] and results["memory"] == []
+    assert "forward+backward" not in text
+
+
+def test_the_gate_judges_against_float64():
+    rows = gate.judge("small-projection", "float32", 4, RESFUSE)
+    assert {"out", "dx"} <= {row.quantity for row in rows} and all(row.passed for row in rows)
+    assert all(0 < row.ours <= row.allowed < 1e-3 for row in rows)
+
+
+def test_an_implementation_that_fails_is_a_note(tmp_path):
+    def fails(model):
+        raise RuntimeError("no such thing")
+
+    implementations = {**IMPLEMENTATIONS, "peer": Implementation("peer", fails)}
+    job = replace(SMALL_PLAN.jobs[0], implementations=(EAGER.name, "peer", RESFUSE.name), memory_batch=4)
+    code, results, _, _ = run(tmp_path, implementations, Plan(3.0, (job,)))
+    assert code == 1, "the run is not what was asked for"
+    assert [(note["implementation"], note["code"]) for note in results["notes"]] == [("peer", "failed")]
+    assert "no such thing" in results["notes"][0]["text"]
+
+
+def test_a_slow_machine_times_a_smaller_batch():
+    job = replace(SMALL_PLAN.jobs[0], batch=8, gate_batch=8)
+    fast, slow = fit(job, "cpu", lambda call: 1e-6), fit(job, "cpu", lambda call: 10.0)
+    assert fast.batch == 8 and slow.batch == 1 and slow.gate_batch == 1
+
+
+def test_plans_grow_with_their_extent():
+    quick, default, full = (plan("cpu", extent) for extent in ("quick", "default", "full"))
+    assert len(quick.jobs) < len(default.jobs) < len(full.jobs)
+    compiled = [job for job in default.jobs if "torch.compile" in job.implementations]
+    assert {job.subject for job in compiled} == {"stage1", "resnet50"}
+    assert default.budget <= 270, "make bench runs a gate before it, six minutes in all"
+
+
+def test_photographs_are_real_and_drawn_anew():
+    a, b = photographs(3, 32, 0), photographs(3, 32, 1)
+    assert a.shape == (3, 3, 32, 32) and torch.equal(a, photographs(3, 32, 0)) and not torch.equal(a, b)
+    assert a.std() > 0.3 and a.abs().max() < 5
+
+
+def test_a_cut_off_write_leaves_the_file(tmp_path):
+    path = tmp_path / "r.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_digits_train_alike():
+    """200 steps follow eager's loss within its own seed-to-seed spread."""
+    found = verify.verify(seeds=range(2))
+    assert found.passed and found.distance < found.spread
+    assert min(found.eager_accuracy + found.fused_accuracy) > 0.8
+    assert found.fused[0][-1] < 0.5 * found.fused[0][0]
+
+
+def test_training_that_strays_is_seen():
+    def wrong(model):
+        for parameter in model.parameters():
+            parameter.data.mul_(0.2)
+        return resfuse.fuse(model)
+
+    found = verify.verify(seeds=range(2), steps=40, fuse=wrong)
+    assert not found.passed
+    with pytest.raises(ValueError, match="at least 2 seeds"):
+        verify.verify(seeds=[0], steps=1)
+
+
+def test_info_says_what_runs(capsys):
+    assert command.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text and "eager (" in text
