@@ -115,7 +115,7 @@ def make(
 ) -> Workload:
     """subject: a name of `testing.cases.CASES` or `NETWORKS`; mode: of `testing.comparison.MODES`.
 
-    size: a network's image size, None for its own; kinks: as in `make_block`, for blocks. Raises KeyError for unknown names.
+    size: a network's image size, None for its own; kinks: as in `make_block`, for blocks. KeyError for unknown names.
     """
     if subject in CASES:
         return _block(subject, mode, batch, device, seed, kinks)
