@@ -6,7 +6,7 @@ When the gate is red nothing is timed, so that no speed can be reported.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from ..kernels.interface import Reason
 from ..testing.comparison import MODES
 from ..testing.environment import environment
 from . import gate, measure
+from .budget import Budget
 from .implementations import IMPLEMENTATIONS, RESFUSE, Implementation, choice
 from .plan import Job, Plan, fit
 from .precompile import precompile
@@ -27,24 +28,6 @@ SLOW_BFLOAT16 = Reason(
     "in particular), not what a device that has them would show",
 )
 Progress = Callable[[str, float], None]  # what is running now, share of the run that is done
-
-
-@dataclass
-class Budget:
-    """Seconds of a run, counted from its making."""
-
-    seconds: float
-
-    def __post_init__(self):
-        self.began = time.perf_counter()
-
-    @property
-    def used(self) -> float:
-        return time.perf_counter() - self.began
-
-    @property
-    def left(self) -> float:
-        return max(0.0, self.seconds - self.used)
 
 
 def run(
@@ -78,8 +61,7 @@ def run(
     results.gate_passed = all(row.passed for row in results.errors)
     after_job(results)
     for index, job in enumerate(jobs if results.gate_passed else []):
-        wanted = sum(each.seconds + each.compile_seconds for each in jobs[index:])
-        session.measure(job, session.budget.left / wanted)
+        session.measure(job, jobs[index:])
         results.seconds = session.budget.used
         after_job(results)
     results.seconds = session.budget.used
@@ -116,37 +98,39 @@ class _Session:
                     job.subject, job.mode, job.gate_batch, self.implementations[name], self.device
                 )
 
-    def measure(self, job: Job, scale: float) -> None:
-        """Memory, then times, in `scale` times the seconds that the job wants."""
-        began, chosen = self.budget.used, {name: self.implementations[name] for name in job.implementations}
+    def measure(self, job: Job, rest: Sequence[Job]) -> None:
+        """Memory, then times. rest: the jobs still to be measured, this one first."""
+        chosen = {name: self.implementations[name] for name in job.implementations}
         if job.memory_batch != job.batch:
             self.show(job, f"saved bytes at batch {job.memory_batch}")
             self.results.memory += measure.saved_only(job, chosen, self.device)
         for name in [name for name, implementation in chosen.items() if implementation.compiled]:
             self.show(job, f"{name} compiles")
-            outcome = self._compile(job, name, scale * job.compile_seconds)
-            if isinstance(outcome, Reason):
-                self.results.notes.append(NoteRow(job.subject, job.mode, name, *outcome))
+            refusal = self._compile(job, name, rest)
+            if refusal is not None:
+                self.results.notes.append(NoteRow(job.subject, job.mode, name, *refusal))
                 del chosen[name]
         self.show(job, "memory")
         workload = make(job.subject, job.mode, job.batch, self.device)
         runners, rows, notes = measure.prepare(workload, chosen)
         self.results.memory += rows
         self.results.notes += notes
-        left = scale * (job.seconds + job.compile_seconds) - (self.budget.used - began)
         self.results.times += measure.times(
-            job, chosen, runners, max(1.0, min(left, scale * job.seconds)), self.device,
+            job, chosen, runners, self.budget.rounds_time(rest), self.device,
             lambda share: self.show(job, f"time, {share:.0%} of its rounds"),
         )
         del runners, workload
         torch.compiler.reset()
         measure.release(self.device)
 
-    def _compile(self, job: Job, name: str, seconds: float) -> float | Reason:
-        if not self.compile_apart:
-            spent = Reason("compile_budget", "the time of this part was spent before torch.compile's turn")
-            return seconds if self.budget.left > 0 else spent
+    def _compile(self, job: Job, name: str, rest: Sequence[Job]) -> Reason | None:
+        """Why there is no time to compile, or None."""
+        seconds = self.budget.compile_time(rest)
+        if isinstance(seconds, Reason) or not self.compile_apart:
+            return seconds if isinstance(seconds, Reason) else None
         outcome = precompile(job.subject, job.mode, job.batch, name, self.device, seconds)
-        if not isinstance(outcome, Reason):
-            self.results.compile_seconds[f"{job.subject}, {job.mode}, {name}"] = outcome
-        return outcome
+        if isinstance(outcome, Reason):
+            return outcome
+        self.budget.compiled(job, outcome)
+        self.results.compile_seconds[f"{job.subject}, {job.mode}, {name}"] = outcome
+        return None
