@@ -98,7 +98,7 @@ verify: build
 	@$(PY) -m resfuse verify
 
 gpu: build
-	@$(PY) benchmarks/gpu.py --out $(OUT) --parts $(PARTS)
+	@PYTHONPATH=$(CURDIR) $(PY) benchmarks/gpu.py --out $(OUT) --parts $(PARTS)
 
 lint: $(READY)
 	@$(PY) -m ruff check .

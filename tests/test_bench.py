@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from resfuse.bench.photographs import photographs
 from resfuse.bench.plan import Job, Plan, fit, plan
 from resfuse.bench.results import write_json
 
+ROOT = Path(__file__).parents[1]
 SMALL_PLAN = Plan(6.0, tuple(
     Job(subject, mode, 4, 8, (EAGER.name, RESFUSE.name), 1.0, gate_batch=4)
     for subject in ("small-projection", "small-resnet") for mode in ("float32", "autocast-bfloat16")
@@ -127,3 +132,31 @@ def test_info_says_what_runs(capsys):
     assert command.main(["info"]) == 0
     text = capsys.readouterr().out
     assert torch.__version__ in text and "eager (" in text
+
+
+def gpu_command(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_the_gpu_command_runs_its_parts(tmp_path):
+    """At tiny sizes on a CPU: every line of it, but for what only a GPU can say."""
+    parts = "env,ceilings,tests,blocks,resnet50"
+    done = gpu_command("--out", str(tmp_path), "--device", "cpu", "--smoke", "--parts", parts)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(json.loads((tmp_path / "status.json").read_text()).values()) == {"ok"}
+    for part in ("blocks", "resnet50"):
+        results = json.loads((tmp_path / f"{part}.json").read_text())
+        assert results["gate"]["passed"] is True and results["kind"] == part
+        assert {row["mode"] for row in results["times"]} == {"autocast-bfloat16", "autocast-float16"}
+        assert all(row["peak_bytes"] for row in results["memory"])
+    assert json.loads((tmp_path / "ceilings.json").read_text())["copy"]["tb_s"] > 0
+    assert "blocks: ok" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has_gpu: this is about machines without one")
+def test_the_gpu_command_says_that_there_is_no_gpu(tmp_path):
+    done = gpu_command("--out", str(tmp_path))
+    assert done.returncode != 0 and "needs a GPU" in done.stderr
+    assert "unknown part speed" in gpu_command("--out", str(tmp_path), "--parts", "speed").stderr

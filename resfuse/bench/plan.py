@@ -37,8 +37,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
+    """Jobs and the seconds for all of them; fit_batches: lower the batches that are slow here."""
+
     budget: float
     jobs: tuple[Job, ...]
+    fit_batches: bool = True
 
 
 def plan(device: torch.device | str, extent: str = "default", budget: float | None = None) -> Plan:
@@ -87,7 +90,7 @@ def fit(job: Job, device: torch.device | str, clock: Callable[[Callable[[], obje
     size = min(network.size, PROBE_SIZE) if network else None
     runner = make(job.subject, job.mode, 1, device, size=size).runner(EAGER)
     runner.step()
-    step = clock(runner.step) * ((network.size / size) ** 2 if network else 1)
+    step = min(clock(runner.step) for _ in range(3)) * ((network.size / size) ** 2 if network else 1)
     batch = job.batch
     while batch > 1 and batch * step > (NETWORK_STEP if network else BLOCK_STEP):
         batch //= 2

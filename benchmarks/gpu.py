@@ -1,0 +1,200 @@
+"""Baselines and resfuse on one GPU, part by part: python benchmarks/gpu.py --out FOLDER --parts env,ceilings,...
+
+Every part runs in a process of its own with a time limit, and writes FOLDER/<part>.json as it goes, so that a run that
+is cut off leaves what it had. The tables come last. `--device cpu --smoke` runs every line with tiny sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from resfuse.bench import tables
+from resfuse.bench.implementations import (
+    AUTOTUNE,
+    COMPILE,
+    EAGER,
+    IMPLEMENTATIONS,
+    RESFUSE,
+    Implementation,
+    kernel_sets,
+)
+from resfuse.bench.plan import Job, Plan
+from resfuse.bench.results import Results, write_json
+from resfuse.bench.run import run
+from resfuse.testing.cases import PROJECTIONS, STAGES
+from resfuse.testing.comparison import MODES
+from resfuse.testing.environment import environment
+from resfuse.testing.timing import interleave, summary
+
+ROOT = Path(__file__).parents[1]
+LIMITS = {"env": 30, "ceilings": 40, "tests": 90, "blocks": 150, "resnet50": 150, "autotune": 560}  # seconds
+DEFAULT = "env,ceilings,tests,blocks,resnet50"
+BATCH, GATE_BATCH = 256, 8
+GPU_MODES = ("autocast-bfloat16", "autocast-float16")
+COMPILE_SECONDS = {"block": 6.0, "network": 35.0}  # expected on a machine with a GPU
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    parts = options.parts.split(",")
+    unknown = [part for part in parts if part not in LIMITS]
+    if unknown:
+        sys.exit(f"unknown part {', '.join(unknown)}; there are {', '.join(LIMITS)}")
+    if options.device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("make gpu needs a GPU: torch.cuda.is_available() is False here.")
+    if options.part:
+        PARTS[options.part](options)
+        return 0
+    status = {part: _run_part(part, options) for part in parts}
+    write_json(options.out / "status.json", status)
+    _show(options.out, status)
+    return 0 if all(state == "ok" for state in status.values()) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Measure on one GPU; see the file's head.")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--parts", default=DEFAULT, help=f"of {', '.join(LIMITS)}; default {DEFAULT}")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: that it runs, nothing more")
+    parser.add_argument("--part", choices=LIMITS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _run_part(part: str, options: argparse.Namespace) -> str:
+    arguments = ["--out", str(options.out), "--device", str(options.device), "--part", part]
+    command = [sys.executable, str(Path(__file__)), *arguments, *(["--smoke"] if options.smoke else [])]
+    print(f"{part} (at most {LIMITS[part]} s)", flush=True)
+    try:
+        code = subprocess.run(command, timeout=LIMITS[part]).returncode
+    except subprocess.TimeoutExpired:
+        return f"stopped after {LIMITS[part]} s"
+    return "ok" if code == 0 else f"exit code {code}"
+
+
+def env(options: argparse.Namespace) -> None:
+    """Versions, device and build facts."""
+    from resfuse import _native
+
+    write_json(options.out / "env.json", {**environment(options.device), "native": _native.build_facts()})
+
+
+def ceilings(options: argparse.Namespace) -> None:
+    """What the device reaches: a copy that no cache holds, and square matrix products, on random data."""
+    size = 2**18 if options.smoke else 2**30
+    side = 64 if options.smoke else 8192
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=options.device)
+    target = torch.empty_like(source)
+    rounds = {"budget": 5.0, "maximum": 50, "warmup": 3, "device": options.device}
+    seconds = summary(interleave({"copy": lambda: target.copy_(source)}, **rounds)["copy"])
+    found = {"copy": {"bytes_read_and_written": 2 * size, **seconds._asdict(), "tb_s": 2e-12 * size / seconds.median}}
+    for dtype in (torch.bfloat16, torch.float16):
+        a, b = (torch.randn(side, side, device=options.device).to(dtype) for _ in range(2))
+        seconds = summary(interleave({"matmul": lambda a=a, b=b: a @ b}, **rounds)["matmul"])
+        name = str(dtype).removeprefix("torch.")
+        found[f"matmul_{name}"] = {"side": side, **seconds._asdict(), "tflop_s": 2e-12 * side**3 / seconds.median}
+    write_json(options.out / "ceilings.json", {"environment": environment(options.device), **found})
+
+
+def tests(options: argparse.Namespace) -> None:
+    """The tests marked gpu that are not slow (on a CPU the smoke run only collects them)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
+    command += [str(ROOT / "tests")]
+    command += ["--collect-only"] if options.device.type != "cuda" else []
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    print("\n".join(lines[-30:]), flush=True)
+    write_json(options.out / "tests.json", {"exit_code": done.returncode, "last": lines[-60:]})
+    sys.exit(done.returncode)
+
+
+def blocks(options: argparse.Namespace) -> None:
+    """Stages 1 to 4 and their projections."""
+    names = ("small-identity",) if options.smoke else [case.name for case in (*STAGES, *PROJECTIONS)]
+    _measure("blocks", names, [EAGER.name, COMPILE.name], COMPILE_SECONDS["block"], 2.0, options)
+
+
+def resnet50(options: argparse.Namespace) -> None:
+    """The whole network on photographs."""
+    names = ("small-resnet",) if options.smoke else ("resnet50",)
+    _measure("resnet50", names, [EAGER.name, COMPILE.name], COMPILE_SECONDS["network"], 10.0, options)
+
+
+def autotune(options: argparse.Namespace) -> None:
+    """torch.compile at its best, whose search takes minutes."""
+    names = ("small-identity",) if options.smoke else ("stage1", "resnet50")
+    _measure("autotune", names, [EAGER.name, AUTOTUNE.name], 4 * COMPILE_SECONDS["network"], 10.0, options)
+
+
+def _measure(
+    part: str, subjects: Sequence[str], peers: list[str], compile_seconds: float, seconds: float,
+    options: argparse.Namespace,
+) -> None:
+    """Errors, then memory and time, of the peers and of resfuse with each kernel set; part.json grows job by job."""
+    batch, gate_batch, seconds = (4, 4, 0.2) if options.smoke else (BATCH, GATE_BATCH, seconds)
+    implementations, jobs = dict(IMPLEMENTATIONS), []
+    if options.smoke:
+        for name in (COMPILE.name, AUTOTUNE.name):
+            implementations[name] = Implementation(name, partial(torch.compile, backend="eager"), compiled=True)
+    for mode in GPU_MODES:
+        sets = {each.name: each for each in kernel_sets(options.device, MODES[mode].compute)}
+        implementations.update(sets)
+        names = (*peers, RESFUSE.name, *sets)
+        jobs += [Job(subject, mode, batch, batch, names, seconds, compile_seconds, gate_batch) for subject in subjects]
+    path = options.out / f"{part}.json"
+
+    def written(results: Results) -> None:
+        results.write(path)
+
+    plan = Plan(0.9 * LIMITS[part], tuple(jobs), fit_batches=False)
+    results = run(
+        plan, shlex.join(["python", *sys.argv]), options.device, kind=part, implementations=implementations,
+        compile_apart=False, progress=_line(), after_job=written,
+    )
+    results.write(path)
+    if not results.gate_passed:
+        sys.exit("the correctness gate is red: no speed was measured")
+
+
+def _line() -> Callable[[str, float], None]:
+    """Progress as lines, each once."""
+    seen: set[str] = set()
+
+    def progress(text: str, share: float) -> None:
+        text = text.partition(": time, ")[0]  # rounds report their share, too fine for lines
+        if text not in seen:
+            seen.add(text)
+            print(f"  {share:4.0%} {text}", flush=True)
+
+    return progress
+
+
+def _show(out: Path, status: dict[str, str]) -> None:
+    console = Console(width=150)
+    for part in ("blocks", "resnet50", "autotune"):
+        path = out / f"{part}.json"
+        if part in status and path.exists():
+            tables.show(json.loads(path.read_text()), console)
+    path = out / "ceilings.json"
+    if "ceilings" in status and path.exists():
+        found = json.loads(path.read_text())
+        rates = [f"{name} {row['tflop_s']:.3g} TFLOP/s" for name, row in found.items() if "matmul" in name]
+        console.print(f"copy {found['copy']['tb_s']:.3g} TB/s, {', '.join(rates)}", highlight=False)
+    for part, state in status.items():
+        console.print(f"{part}: {state}", highlight=False)
+
+
+PARTS = {"env": env, "ceilings": ceilings, "tests": tests, "blocks": blocks, "resnet50": resnet50, "autotune": autotune}
+
+if __name__ == "__main__":
+    sys.exit(main())
