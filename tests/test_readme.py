@@ -1,0 +1,40 @@
+"""The README's numbers are those of a results file in the repository."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_what_the_results_file_gives():
+    text = (ROOT / "README.md").read_text()
+    (name,) = set(re.findall(r"python benchmarks/readme.py (\S+\.json)", text))
+    results = json.loads((ROOT / name).read_text())
+    assert results["gate"]["passed"] is True
+    assert "\n".join([*script().HEAD, *script().rows(results)]) in text
+    assert results["command"] in text and results["environment"]["device"] in text
+
+
+def test_the_figure_exists_and_is_named():
+    figures = re.findall(r"!\[[^\]]*\]\((\S+\.png)\)", (ROOT / "README.md").read_text())
+    assert len(figures) == 1 and (ROOT / figures[0]).stat().st_size > 10_000
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).exists(), target
