@@ -38,10 +38,11 @@ class Budget:
 
     def compile_time(self, rest: Sequence[Job]) -> float | Reason:
         """Seconds in which the present job may compile, or why it may not."""
-        expected = self.pace * rest[0].compile_seconds
+        planned = rest[0].compile_seconds
+        expected = self.pace * planned
         spare = self._spare(rest) - sum(self.pace * job.compile_seconds for job in self._shorter(rest))
         if expected <= spare:
-            return min(spare, 2 * expected)
+            return min(spare, 2 * max(expected, planned))  # the last one may have met a full cache
         enough = 10 * math.ceil((self.seconds + (expected - spare) / MEASURING) / 10)
         return Reason(
             "compile_budget",

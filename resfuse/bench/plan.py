@@ -14,6 +14,7 @@ from .workloads import NETWORKS, make
 BLOCK_STEP = 0.5  # seconds that an eager step may take; a smaller batch is timed where it would take more
 NETWORK_STEP = 1.5
 STEPS = 5  # that the fewest rounds of an implementation take, forwards and peak memory included
+TRIES = 5
 PROBE_SIZE = 112  # pixels at which a network's step is tried
 
 

@@ -15,14 +15,14 @@ def plot(results: dict, path: str | Path) -> None:
 
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     memory, speed = figure.subplots(2, 1)
-    _bars(memory, _memory(results["memory"]), "kept for backward\n(eager = 1)")
-    _bars(speed, _speed(results["times"]), "forward + backward\n(times faster than eager)")
+    _bars(memory, _memory(results["memory"]), "kept for backward\n(eager = 1)", 0.0)
+    _bars(speed, _speed(results["times"]), "forward + backward\n(times faster than eager)", 1.0)
     if _spans_decades(results["times"]):
         speed.set_yscale("log")
         speed.yaxis.set_major_formatter("{x:g}")
     memory.set_ylim(top=1.25)
-    handles, labels = memory.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    drawn = {label: bars for axes in (memory, speed) for bars, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=len(drawn), frameon=False, fontsize=9)
     facts = results["environment"]
     figure.suptitle(
         f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit'] or 'unknown'}", fontsize=10
@@ -62,7 +62,8 @@ def _spans_decades(rows: list[dict]) -> bool:
     return bool(medians) and max(medians) > 5 * min(medians)
 
 
-def _bars(axes, groups: dict[str, dict[str, tuple]], label: str) -> None:
+def _bars(axes, groups: dict[str, dict[str, tuple]], label: str, base: float) -> None:
+    """A group of bars for each key, from `base` to their values, each as wide as if every group had them all."""
     names = sorted({name for group in groups.values() for name in group}, key=_order)
     width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):
@@ -76,7 +77,7 @@ def _bars(axes, groups: dict[str, dict[str, tuple]], label: str) -> None:
                 below.append(height - low)
                 above.append(high - height)
         bars = axes.bar(
-            places, heights, width, label=name, color=COLOURS.get(name, OTHER),
+            places, [height - base for height in heights], width, bottom=base, label=name, color=COLOURS.get(name, OTHER),
             yerr=(below, above) if any(below + above) else None, capsize=2, error_kw={"linewidth": 0.8},
         )
         axes.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=7, padding=1)

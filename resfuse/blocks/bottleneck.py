@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import nn
 
@@ -61,7 +63,5 @@ def __getattr__(name: str):
     if name == "Bottleneck":
         from torchvision.models.resnet import Bottleneck
 
-        from . import plans
-
-        return fused_class(Bottleneck, plans.plan_for(Bottleneck))
+        return fused_class(Bottleneck, sys.modules[__name__])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

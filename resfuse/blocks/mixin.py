@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from contextvars import ContextVar
 from functools import cache
@@ -95,7 +96,7 @@ class FusedMixin:
         original = original_class(type(self))
         if original is type(self):  # a user's subclass of a fused class pickles as any class
             return super().__reduce_ex__(protocol)
-        return _new_fused, (original,), self.__dict__.copy()
+        return _new_fused, (original, self.plan.__name__), self.__dict__.copy()
 
 
 def call_refusal(x) -> Reason | None:
@@ -184,8 +185,6 @@ def original_class(cls: type) -> type:
     return cls.__dict__["original"] if "original" in cls.__dict__ and issubclass(cls, FusedMixin) else cls
 
 
-def _new_fused(cls: type) -> nn.Module:
-    from . import plans
-
-    fused = fused_class(cls, plans.plan_for(cls))
+def _new_fused(cls: type, plan: str) -> nn.Module:
+    fused = fused_class(cls, importlib.import_module(plan))
     return fused.__new__(fused)
