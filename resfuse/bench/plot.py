@@ -21,7 +21,7 @@ def plot(results: dict, path: str | Path) -> None:
         speed.set_yscale("log")
         speed.yaxis.set_major_formatter("{x:g}")
     memory.set_ylim(top=1.25)
-    drawn = {label: bars for axes in (memory, speed) for bars, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    drawn = {bars.get_label(): bars for axes in (memory, speed) for bars in axes.containers if hasattr(bars, "patches")}
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=len(drawn), frameon=False, fontsize=9)
     facts = results["environment"]
     figure.suptitle(
@@ -77,7 +77,8 @@ def _bars(axes, groups: dict[str, dict[str, tuple]], label: str, base: float) ->
                 below.append(height - low)
                 above.append(high - height)
         bars = axes.bar(
-            places, [height - base for height in heights], width, bottom=base, label=name, color=COLOURS.get(name, OTHER),
+            places, [height - base for height in heights], width, bottom=base, label=name,
+            color=COLOURS.get(name, OTHER),
             yerr=(below, above) if any(below + above) else None, capsize=2, error_kw={"linewidth": 0.8},
         )
         axes.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=7, padding=1)
