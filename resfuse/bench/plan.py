@@ -14,7 +14,7 @@ from .workloads import NETWORKS, make
 BLOCK_STEP = 0.5  # seconds that an eager step may take; a smaller batch is timed where it would take more
 NETWORK_STEP = 1.5
 STEPS = 5  # that the fewest rounds of an implementation take, forwards and peak memory included
-TRIES = 5
+TRIES = 3  # of a step; the quickest counts, since a busy machine is slow only at times
 PROBE_SIZE = 112  # pixels at which a network's step is tried
 
 
@@ -91,7 +91,7 @@ def fit(job: Job, device: torch.device | str, clock: Callable[[Callable[[], obje
     size = min(network.size, PROBE_SIZE) if network else None
     runner = make(job.subject, job.mode, 1, device, size=size).runner(EAGER)
     runner.step()
-    step = min(clock(runner.step) for _ in range(3)) * ((network.size / size) ** 2 if network else 1)
+    step = min(clock(runner.step) for _ in range(TRIES)) * ((network.size / size) ** 2 if network else 1)
     batch = job.batch
     while batch > 1 and batch * step > (NETWORK_STEP if network else BLOCK_STEP):
         batch //= 2
