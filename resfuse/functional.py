@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import _StopRecomputationError
+from torch.utils import checkpoint
 
 from .functions import cost
 from .functions.bottleneck import BottleneckFunction, Spec
@@ -23,6 +23,8 @@ class ArgumentError(ValueError, TypeError):
     """An argument that the block does not take; the message names it. Nothing has run."""
 
 
+# Raised out of a checkpointed recomputation once its tensors are back; a private name, so perhaps not in every torch.
+_StopRecomputation = getattr(checkpoint, "_StopRecomputationError", ())
 STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,7 +95,7 @@ def bottleneck(
     update_running = dispatch.kernels(backend, x.device.type, dtype).update_running
     try:
         out = BottleneckFunction.apply(spec, x.to(dtype), *flat)
-    except _StopRecomputationError:  # checkpoint has what it wants; stock BatchNorms have updated by then
+    except _StopRecomputation:  # checkpoint has what it wants; stock BatchNorms have updated by then
         _update(update_running, spec.pending)
         raise
     _update(update_running, spec.pending)
