@@ -1,4 +1,4 @@
-"""Faster residual blocks for PyTorch in about half the activation memory: `resfuse.fuse(model)`."""
+"""Residual blocks for PyTorch that train in about half the activation memory: `resfuse.fuse(model)`."""
 
 from ._version import __version__
 from .blocks.mixin import disabled

@@ -3,7 +3,7 @@
 Errors are normwise, `||a - ref|| / ||ref||`, and compared as medians over seeds (10 in the tests), because one ReLU
 that flips near zero moves a gradient by far more than rounding does, in eager too. In small blocks those flips make
 medians wander by more than the factors below, between two runs of eager too: there a median that exceeds them fails
-only if nine seeds in ten exceed them one by one. (Blocks made without kinks have no flips and leave no such room.)
+only if nine seeds in ten exceed them one by one. The same room is left to blocks without kinks, which do not need it.
 Allowed are
     16-bit dtypes                1.2 x eager's median + 2 eps(dtype)
     float32 outputs, gradients   2 x eager's median + 2 eps(float32)
