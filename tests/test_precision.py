@@ -78,7 +78,7 @@ def test_small_gradients_in_float16(device):
             errors.setdefault(name, ([], []))[0].append(ours)
             errors[name][1].append(eager)
     for name, (ours, eager) in errors.items():
-        check(name, ours, eager, torch.float16)
+        check(name, ours, eager, torch.float16, kinks=False)
 
 
 def test_the_limit_near_duplicate_channels_with_opposite_weights():

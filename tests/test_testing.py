@@ -41,6 +41,17 @@ def test_nan_never_passes_and_a_flip_in_one_seed_does():
         tolerances.check("out", [0.1] + [10.0] * 9, [0.1] * 10, torch.float32)
 
 
+def test_without_kinks_the_median_decides():
+    """But for a result that is zero but for rounding, whose error in eager is as large as itself."""
+    ours = [0.1] * 4 + [0.3] * 6
+    tolerances.check("dx", ours, [0.1] * 10, torch.float32, kinks=True)
+    with pytest.raises(AssertionError, match="dx: median error"):
+        tolerances.check("dx", ours, [0.1] * 10, torch.float32, kinks=False)
+    tolerances.check("dbias", [10 * a for a in ours], [1.0] * 10, torch.float32, kinks=False)
+    with pytest.raises(AssertionError):
+        tolerances.check("dbias", [3.0] * 9 + [1.0], [1.0] * 10, torch.float32, kinks=False)
+
+
 def test_variances_are_held_channel_by_channel():
     ref, eps = torch.tensor([1.0, 2.0], dtype=torch.float64), tolerances.EPS32
     tolerances.check_variance("var3", ref * (1 + 3 * eps), ref)

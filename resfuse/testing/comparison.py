@@ -106,14 +106,16 @@ def compare_case(
     return errors
 
 
-def check_case(case: BottleneckCase, fuse: Fuse, mode: Mode, seeds: Iterable[int] = range(10), **options) -> None:
+def check_case(
+    case: BottleneckCase, fuse: Fuse, mode: Mode, seeds: Iterable[int] = range(10), *, kinks: bool = True, **options
+) -> None:
     """Raise AssertionError, naming case and result, unless every result passes the tolerance rule.
 
     options as in `compare_case`. Float32 variances are left to `tolerances.check_variance`, which needs their kappa.
     """
-    for name, errors in compare_case(case, fuse, mode, seeds, **options).items():
+    for name, errors in compare_case(case, fuse, mode, seeds, kinks=kinks, **options).items():
         if not (mode.compute == torch.float32 and name.endswith("running_var")):
-            check(f"{case.name}: {name}", errors.ours, errors.eager, mode.compute)
+            check(f"{case.name}: {name}", errors.ours, errors.eager, mode.compute, kinks)
 
 
 def _near_kink(twin: nn.Module, x: Tensor) -> Tensor:

@@ -1,16 +1,21 @@
 """The project's tolerance rule, written once: an error is judged against eager's own, both measured against float64.
 
-Errors are normwise, `||a - ref|| / ||ref||`, and compared as medians over seeds (10 in the tests), because one ReLU
-that flips near zero moves a gradient by far more than rounding does, in eager too. In small blocks those flips make
-medians wander by more than the factors below, between two runs of eager too: there a median that exceeds them fails
-only if nine seeds in ten exceed them one by one. The same room is left to blocks without kinks, which do not need it.
+Errors are normwise, `||a - ref|| / ||ref||`, and judged by their medians over seeds (10 in the tests).
 Allowed are
     16-bit dtypes                1.2 x eager's median + 2 eps(dtype)
     float32 outputs, gradients   2 x eager's median + 2 eps(float32)
     float32 variances            4 eps(float32) kappa, channel by channel: eager's own error is near 0 there
     float64                      FLOAT64_FLOOR
-Since both errors have the same denominator, a reference that is zero but for rounding (a convolution bias before a
-training BatchNorm) compares absolute errors.
+
+Two kinds of result get more room: a median that exceeds its limit fails only if nine seeds in ten exceed it too.
+They are
+    blocks with kinks        One ReLU that flips near zero moves a gradient by far more than rounding does, in eager
+                             too; medians of small blocks wander by more than the factors between two runs of eager.
+                             Each such block has a twin without kinks (`cases.make_block`), held to its medians.
+    results that are zero    The gradient of a shift that a training BatchNorm takes out again, say, is rounding alone,
+    but for rounding         known by an error of eager's as large as the result itself. Both errors have the same
+                             denominator, so absolute errors are compared; which rounding an implementation makes
+                             there varies by more than the factors.
 """
 
 from __future__ import annotations
@@ -55,19 +60,22 @@ def within_median(ours: Sequence[float], eager: Sequence[float], dtype: torch.dt
     return all(map(math.isfinite, ours)) and median(ours) <= allowed(median(eager), dtype)
 
 
-def passes(ours: Sequence[float], eager: Sequence[float], dtype: torch.dtype) -> bool:
-    """As `within_median`, with the room that flips in small blocks need. A NaN or infinity among ours never passes."""
-    if not all(map(math.isfinite, ours)):
-        return False
-    exceeding = sum(a > allowed(b, dtype) for a, b in zip(ours, eager, strict=True))
-    return within_median(ours, eager, dtype) or exceeding < 0.9 * len(ours)
+def passes(ours: Sequence[float], eager: Sequence[float], dtype: torch.dtype, kinks: bool = True) -> bool:
+    """The rule; kinks says whether rounding may flip a ReLU. A NaN or infinity among ours never passes."""
+    if within_median(ours, eager, dtype):
+        return True
+    room = kinks or median(eager) >= 1
+    exceeding = sum(not a <= allowed(b, dtype) for a, b in zip(ours, eager, strict=True))
+    return room and all(map(math.isfinite, ours)) and exceeding < 0.9 * len(ours)
 
 
-def check(name: str, ours: Sequence[float], eager: Sequence[float], dtype: torch.dtype) -> None:
+def check(
+    name: str, ours: Sequence[float], eager: Sequence[float], dtype: torch.dtype, kinks: bool = True
+) -> None:
     """Raise AssertionError with one sentence unless our errors pass; one error a seed in each list."""
     if not ours or len(ours) != len(eager):
         raise ValueError(f"{name}: {len(ours)} errors of ours against {len(eager)} of eager")
-    if not passes(ours, eager, dtype):
+    if not passes(ours, eager, dtype, kinks):
         raise AssertionError(
             f"{name}: median error {median(ours):.3g} over {len(ours)} seeds (largest {max(ours):.3g}) exceeds "
             f"{allowed(median(eager), dtype):.3g}, allowed in {dtype} where eager's median is {median(eager):.3g}"
