@@ -38,6 +38,13 @@ def test_a_warm_cache_lowers_what_is_expected_not_the_deadline():
     assert not isinstance(budget.compile_time([job(20.0, 1000.0)]), Reason), "expected to take a tenth"
 
 
+def test_a_slow_first_compilation_leaves_the_others_their_time():
+    budget, rest = Budget(290.0), [job(4.0, 20.0), job(20.0, 110.0)]
+    before = budget.rounds_time(rest)
+    budget.compiled(rest[0], 40.0)
+    assert budget.rounds_time(rest) == pytest.approx(before, abs=0.1), "the long one is still reserved for"
+
+
 def test_rounds_share_what_is_left():
     budget, rest = Budget(100.0), [job(10.0), job(30.0)]
     assert budget.rounds_time(rest) == pytest.approx(MEASURING * 100 / 4, rel=0.01)

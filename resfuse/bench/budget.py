@@ -16,7 +16,8 @@ GENEROUS = 3.0  # times the seconds that a job wants, at most, where there is pl
 
 @dataclass
 class Budget:
-    """Seconds, counted from its making. `pace`: a compilation's time over what was planned for it, as last seen.
+    """Seconds, counted from its making. `pace`: the least of every compilation's time over what was planned for it,
+    and of 1: the first one starts a process's compilers besides, and says little of the others.
 
     `rest` below: the jobs that are still to be measured, the present one first. Compilations are served before rounds,
     short ones before long ones, as long as that leaves the rounds half of what they want.
@@ -50,7 +51,7 @@ class Budget:
         )
 
     def compiled(self, job: Job, seconds: float) -> None:
-        self.pace = seconds / job.compile_seconds
+        self.pace = min(self.pace, seconds / job.compile_seconds)
 
     def rounds_time(self, rest: Sequence[Job]) -> float:
         """Seconds for the present job's rounds."""
