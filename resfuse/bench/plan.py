@@ -64,7 +64,7 @@ def plan(device: torch.device | str, extent: str = "default", budget: float | No
             jobs.append(block_job(case.name, mode, batch, compiled))
     jobs.append(network_job("resnet50", "float32", batch, full, nchw=True))
     jobs.append(network_job("resnet50", "autocast-bfloat16", batch, not quick))
-    return Plan(budget or {"quick": 90.0, "default": 290.0, "full": 2400.0}[extent], tuple(jobs))
+    return Plan(budget or {"quick": 90.0, "default": 270.0, "full": 2400.0}[extent], tuple(jobs))
 
 
 def block_job(subject: str, mode: str, batch: int, compiled: bool) -> Job:
