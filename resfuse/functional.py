@@ -2,121 +2,387 @@
 
 Each takes tensors and settings, validates all of them before anything runs, and updates running statistics in place
 after its forward has succeeded, as `torch.nn.functional.batch_norm` does.
+
+Common to all of them
+    Activations are [N, C, H, W], float64, float32, bfloat16 or float16, of any strides. Under autocast blocks with
+    convolutions cast them to autocast's dtype, and weights always to the activations'. BatchNorm parameters and buffers
+    are float32 or of x's dtype (float64 for float64). Results have x's (or autocast's) dtype and are channels_last if
+    x or a weight of the main branch is, else contiguous. Everything is differentiable in activations, weights, biases,
+    gammas and betas, to any order (gradients of gradients are not fused). backend: "auto" or a kernel set's name.
+
+    ArgumentError, a ValueError and TypeError, names the argument that does not fit; torch's ValueError says that there
+    is one value per channel in training; `kernels.interface.Unsupported` that a named backend cannot run the call. A
+    call that raises has changed no running statistics.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
-from .functions import cost
-from .functions.bottleneck import BottleneckFunction, Spec
-from .functions.unit import Running, Tensors, Unit
+from . import arguments
+from .arguments import BN, ArgumentError, Conv, ConvBN, Pooled, ZeroPad
+from .functions import branches, cost
+from .functions.block import BlockFunction
+from .functions.bn_relu import BNReluFunction, PoolSpec
+from .functions.branches import Inputs, Shortcut, Spec
+from .functions.unit import COVARIANCE, KEEP, LINEAR, RECOMPUTE, Running, Tensors, Unit
 from .kernels import dispatch
-from .kernels.interface import Geometry, RunningUpdate
+from .kernels.interface import RunningUpdate, Stats, Window, wide
 
-
-class ArgumentError(ValueError, TypeError):
-    """An argument that the block does not take; the message names it. Nothing has run."""
-
+__all__ = [
+    "BN", "ArgumentError", "Conv", "ConvBN", "Form", "Pooled", "Stats", "Window", "ZeroPad", "basic_block", "bn_relu",
+    "bottleneck", "conv_bn_add_relu", "conv_bn_relu", "forms", "preactivation",
+]
 
 # Raised out of a checkpointed recomputation once its tensors are back; a private name, so perhaps not in every torch.
 _StopRecomputation = getattr(checkpoint, "_StopRecomputationError", ())
-STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class ConvBN(NamedTuple):
-    """A convolution and the BatchNorm after it.
-
-    weight [K, C/groups, R, S]; bias, gamma, beta, running_mean, running_var [K] or None; num_batches_tracked a 0-d
-    integer tensor or None. training: take the batch's statistics and, where there are buffers, update them.
-    Without running statistics the batch's are taken whatever `training` says. momentum None: cumulative average.
-    """
-
-    weight: Tensor
-    gamma: Tensor | None = None
-    beta: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    num_batches_tracked: Tensor | None = None
-    bias: Tensor | None = None
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    eps: float = 1e-5
-    momentum: float | None = 0.1
-    training: bool = True
-
-    @property
-    def geometry(self) -> Geometry:
-        return Geometry(self.stride, self.padding, self.dilation, self.groups)
-
-    @property
-    def batch(self) -> bool:
-        """Whether the batch's own statistics normalise."""
-        return self.training or (self.running_mean is None and self.running_var is None)
+AnyShortcut = ConvBN | Conv | Pooled | ZeroPad | Tensor | None
 
 
 def bottleneck(
-    x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, shortcut: ConvBN | None = None, *, backend: str = "auto"
+    x: Tensor, conv1: ConvBN, conv2: ConvBN, conv3: ConvBN, shortcut: AnyShortcut = None, *, backend: str = "auto"
 ) -> Tensor:
-    """`relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))`, shortcut None being the identity.
+    """`relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))`; shortcut as in `conv_bn_add_relu`."""
+    return conv_bn_add_relu(x, conv1, conv2, conv3, shortcut=shortcut, backend=backend)
 
-    x [N, C, H, W], float64, float32, bfloat16 or float16, any strides; under autocast it is cast to autocast's dtype,
-    and weights always to x's. BatchNorm parameters and buffers are float32 or of x's dtype (float64 for float64).
-    Differentiable in x, weights, biases, gammas and betas, to any order (gradients of gradients are not fused). Returns
-    [N, K, P, Q] of x's (or autocast's) dtype, channels_last if x or a weight on the main branch is, else contiguous.
 
-    Raises ArgumentError, a ValueError and TypeError, that names the argument; torch's ValueError for one value per
-    channel in training; `kernels.interface.Unsupported` if a named backend cannot run it. A call that raises has
-    changed no running statistics.
+def basic_block(
+    x: Tensor, conv1: ConvBN, conv2: ConvBN, shortcut: AnyShortcut = None, *, backend: str = "auto"
+) -> Tensor:
+    """`relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`; shortcut as in `conv_bn_add_relu`."""
+    return conv_bn_add_relu(x, conv1, conv2, shortcut=shortcut, backend=backend)
+
+
+def conv_bn_relu(x: Tensor | Sequence[Tensor], *convs: ConvBN, relu: bool = True, backend: str = "auto") -> Tensor:
+    """Convolutions in a row, each with its BatchNorm and ReLU; relu False leaves the last ReLU out.
+
+    x: a tensor, or several side by side, whose concatenation is not kept. Between the convolutions nothing but their
+    raw outputs is.
     """
-    convs = (conv1, conv2, conv3) if shortcut is None else (conv1, conv2, conv3, shortcut)
-    names = ("conv1", "conv2", "conv3", "shortcut")[: len(convs)]
-    dtype = _storage_dtype(x)
-    sizes = _validate(x, dtype, convs, names)
-    pixels = [s[0] * s[2] * s[3] for s in sizes]
-    pay = covariance_from(convs)
-    unit_list = tuple(
-        Unit(c.geometry, c.eps, c.batch, rows is not None and (not c.batch or count >= rows))
-        for c, rows, count in zip(convs, pay, pixels, strict=True)
+    return _block(_parts(x), None, convs, branches.NOTHING, relu=relu, backend=backend)[0]
+
+
+def conv_bn_add_relu(
+    x: Tensor,
+    *convs: ConvBN,
+    shortcut: AnyShortcut = None,
+    relu: bool = True,
+    scale: float = 1.0,
+    row_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A residual block: `act(scale * (row_scale * main + shortcut))`, main being `conv_bn_relu(x, *convs, relu=False)`.
+
+    shortcut: None, x itself; a ConvBN or Conv of x; `Pooled`, one of x's averages; `ZeroPad`, x between channels of
+    zeros; a tensor, added as it is. scale > 0 weighs the sum, row_scale [N] (no gradient) the main branch of each
+    sample (stochastic depth). gate, broadcastable to the output: `act(scale * (gate * main + (1 - gate) * shortcut))`
+    (highway). relu False: no activation after the sum.
+    """
+    return _block(
+        _parts(x), None, convs, shortcut, relu=relu, scale=scale, row_scale=row_scale, gate=gate, backend=backend
+    )[0]
+
+
+def preactivation(
+    x: Tensor | Sequence[Tensor],
+    bn: BN,
+    *convs: ConvBN | Conv,
+    shortcut: AnyShortcut | str = "none",
+    scale: float = 1.0,
+    row_scale: Tensor | None = None,
+    gate: Tensor | None = None,
+    stats: Stats | None = None,
+    want_stats: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Stats]:
+    """BN-ReLU-convolution: `first = relu(bn(x))`, then convs from there, the last one a Conv, the others ConvBNs.
+
+    shortcut "none": the convolutions' output alone, as in a dense layer, whose x are several tensors side by side: of
+    these neither the concatenation nor its BatchNorm is kept. Otherwise a pre-activation block, `scale * (row_scale *
+    main + shortcut)` without activation; shortcut and the weights of the sum as in `conv_bn_add_relu`, but that a
+    convolution (`Pooled` or not) reads `first`.
+
+    stats: the batch statistics of x, where the block that wrote x returned them; they are not taken again then.
+    want_stats: return (out, Stats of out) for the block after.
+    """
+    if shortcut == "none":
+        shortcut = branches.NOTHING
+    out, found = _block(
+        _parts(x), bn, convs, shortcut, relu=False, scale=scale, row_scale=row_scale, gate=gate, stats=stats,
+        want_stats=want_stats, backend=backend,
     )
-    flat = [t for c in convs for t in _tensors(c)]
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
-    channels_last = any(_suggests_channels_last(t) for t in (x, *(c.weight for c in convs[:3])))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    running = tuple(_running(c, count) for c, count in zip(convs, pixels, strict=True))
+    return (out, found) if want_stats else out
+
+
+def bn_relu(
+    x: Tensor, bn: BN, pool: Window | None = None, *, stats: Stats | None = None, backend: str = "auto"
+) -> Tensor:
+    """`relu(bn(x))`, or its max pool: the stem of a ResNet after its convolution, and the end of a pre-activation one.
+
+    x is kept and, of a pool, one byte per output. Of a window at most 255 values. stats as in `preactivation`. Not
+    cast under autocast, as torch's BatchNorm is not.
+    """
+    arguments.check_plain(x, "x")
+    shape = arguments.check_parts([x])
+    arguments.check_tensors(x, x.dtype, bn, shape[1], "bn")
+    if bn.batch:
+        arguments.check_values_per_channel(shape)
+    if pool is not None:
+        arguments.pooled_shape(shape, pool, "pool")
+        if math.prod(pool.size) > 255:
+            raise ArgumentError(f"pool.size must hold at most 255 values, got {pool.size}")
+    tensors = _tensors(bn)
+    layout = torch.channels_last if _suggests_channels_last(x) else torch.contiguous_format
     inside = torch.channels_last if x.is_cuda else layout
-    spec = Spec(unit_list, running, [], backend, differentiable, inside, layout)
-    update_running = dispatch.kernels(backend, x.device.type, dtype).update_running
+    spec = PoolSpec(
+        Unit(None, bn.eps, bn.batch, KEEP), pool, _running(bn, shape.numel() // shape[1]), [], backend,
+        _differentiable([x, *tensors]), inside, layout,
+    )
+    mean, var = _known(stats, bn, x, shape[1])
+    return _run(BNReluFunction, spec, [x, mean, var, *tensors], backend, x.device.type, x.dtype)
+
+
+class Form(NamedTuple):
+    """How a convolution's output is made and what becomes of it (`functions/unit.py`); rows: fewer than so many batch
+    rows have the form `recompute` instead, None: it depends on nothing."""
+
+    kind: str
+    rows: int | None = None
+
+    def at(self, rows: int, batch: bool) -> str:
+        """The form for a number of rows, with batch or constant statistics."""
+        return RECOMPUTE if self.rows is not None and batch and rows < self.rows else self.kind
+
+
+def forms(convs: Sequence[ConvBN | Conv], shortcut: ConvBN | Conv | None) -> list[Form]:
+    """The form of each convolution of a main branch and of the projection, where there is one.
+
+    The inner ones keep their raw outputs. The others drop theirs where it is a wide 1x1's.
+    """
+    steps = [1]  # rows of each convolution for a row of the block's output
+    for c in reversed(convs[1:]):
+        steps.insert(0, steps[0] * math.prod(c.stride))
+    macs = sum(step * c.weight.numel() for step, c in zip(steps, convs, strict=True))
+    outer = [] if shortcut is None else [shortcut]
+    macs += sum(c.weight.numel() for c in outer)
+    found = [Form(KEEP)] * (len(convs) - 1)
+    for c in (convs[-1], *outer):
+        out, in_, *kernel = c.weight.shape
+        pointwise = tuple(kernel) == (1, 1) and c.padding == (0, 0)
+        # The BatchNorm before a last convolution wants the gradient of every pixel of its input.
+        whole = c is not convs[-1] or len(convs) == 1 or c.stride == (1, 1)
+        if isinstance(c, Conv):
+            found.append(Form(COVARIANCE if pointwise and c.groups == 1 and whole else LINEAR))
+        elif whole and cost.has_covariance_form(tuple(kernel), c.padding, c.groups, in_, out):
+            found.append(Form(COVARIANCE, cost.covariance_rows(in_, out, macs)))
+        else:
+            found.append(Form(RECOMPUTE if pointwise and out >= in_ * c.groups else KEEP))
+    return found
+
+
+def _block(
+    parts: list[Tensor], bn: BN | None, convs: Sequence[ConvBN | Conv], shortcut, *, relu: bool, scale: float = 1.0,
+    row_scale: Tensor | None = None, gate: Tensor | None = None, stats: Stats | None = None, want_stats: bool = False,
+    backend: str,
+) -> tuple[Tensor, Stats | None]:
+    x, dtype = parts[0], arguments.storage_dtype(parts[0])
+    kind, projection = _shortcut_kind(shortcut, len(parts))
+    shape = arguments.check_parts(parts)
+    shapes = _check_block(x, dtype, shape, bn, convs, shortcut, projection)
+    rows = [s[0] * s[2] * s[3] for s in shapes]
+    row_scale, gate = _check_sum(x, dtype, kind, scale, row_scale, gate, shapes[len(convs) - 1])
+    outer = [] if projection is None else [projection]
+    units = [
+        Unit(c.geometry, getattr(c, "eps", None), c.batch, form.at(count, c.batch))
+        for c, form, count in zip((*convs, *outer), forms(convs, projection), rows, strict=True)
+    ]
+    norms = [] if bn is None else [bn]
+    tensors = [_tensors(c) for c in (*norms, *convs, *outer)]
+    counts = [shape.numel() // shape[1]] * len(norms) + rows
+    n = len(norms) + len(convs)
+    inputs = Inputs(
+        tuple(part.to(dtype) for part in parts), *_known(stats, bn, x, shape[1]),
+        shortcut.to(dtype) if kind == branches.GIVEN else None, row_scale, gate,
+        tuple(tensors[: len(norms)]), tuple(tensors[len(norms) : n]), tuple(tensors[n:]),
+    )
+    channels_last = all(map(_suggests_channels_last, parts)) or any(_suggests_channels_last(c.weight) for c in convs)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    spec = Spec(
+        parts=len(parts),
+        norm=None if bn is None else Unit(None, bn.eps, bn.batch, KEEP),
+        units=tuple(units[: len(convs)]),
+        shortcut=_static_shortcut(kind, shortcut, units[len(convs) :]),
+        relu=relu,
+        scale=scale,
+        running=tuple(_running(c, count) for c, count in zip((*norms, *convs, *outer), counts, strict=True)),
+        pending=[],
+        backend=backend,
+        differentiable=_differentiable(inputs.flat()),
+        want_stats=want_stats,
+        layout=torch.channels_last if x.is_cuda else layout,
+        out_layout=layout,
+    )
+    found = _run(BlockFunction, spec, inputs.flat(), backend, x.device.type, dtype)
+    return (found[0], Stats(*found[1:])) if want_stats else (found, None)
+
+
+def _run(function, spec, flat: list[Tensor | None], backend: str, device: str, dtype: torch.dtype):
+    """Apply a Function, then make the updates that its forward left."""
+    update_running = dispatch.kernels(backend, device, dtype).update_running
     try:
-        out = BottleneckFunction.apply(spec, x.to(dtype), *flat)
+        found = function.apply(spec, *flat)
     except _StopRecomputation:  # checkpoint has what it wants; stock BatchNorms have updated by then
         _update(update_running, spec.pending)
         raise
     _update(update_running, spec.pending)
-    return out
+    return found
 
 
-def covariance_from(convs: tuple[ConvBN, ...]) -> list[int | None]:
-    """For each convolution of a bottleneck the rows from which it takes the covariance form; None: never.
+def _update(update_running, pending: list[RunningUpdate]) -> None:
+    with torch.no_grad():
+        update_running(pending)
+    pending.clear()
 
-    The narrow convolutions, conv1 and conv2, never do: their raw outputs are what the block keeps.
-    """
-    # Multiply-adds per output row: conv1 makes a row for each pixel that conv2's stride passes over.
-    height, width = convs[1].stride
-    macs = [convs[0].weight.numel() * height * width, *(c.weight.numel() for c in convs[1:])]
-    rows = [None, None]
-    for c in convs[2:]:
-        out, in_, *kernel = c.weight.shape
-        eligible = cost.has_covariance_form(tuple(kernel), c.padding, c.groups, in_, out)
-        eligible = eligible and (c is not convs[2] or c.stride == (1, 1))  # BatchNorm 2's gradient wants all of y2's
-        rows.append(cost.covariance_rows(in_, out, sum(macs)) if eligible else None)
-    return rows
+
+# Arguments ---------------------------------------------------------------------------------------------------
+
+
+def _parts(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    if not isinstance(x, (list, tuple)):
+        arguments.check_plain(x, "x")
+        return [x]
+    if not x:
+        raise ArgumentError("x must be a tensor or a sequence of at least one, got an empty one")
+    for i, part in enumerate(x):
+        arguments.check_plain(part, f"x[{i}]")
+    return list(x)
+
+
+def _shortcut_kind(shortcut, parts: int) -> tuple[str, ConvBN | Conv | None]:
+    """What kind of shortcut it is, and its convolution."""
+    if isinstance(shortcut, (ConvBN, Conv, Pooled)):
+        return branches.PROJECTION, shortcut.conv if isinstance(shortcut, Pooled) else shortcut
+    if isinstance(shortcut, Tensor):
+        return branches.GIVEN, None
+    if isinstance(shortcut, str) and shortcut == branches.NOTHING:
+        return branches.NOTHING, None
+    if shortcut is not None and not isinstance(shortcut, ZeroPad):
+        raise ArgumentError(
+            f"shortcut must be None, a ConvBN, Conv, Pooled, ZeroPad or a tensor, got {type(shortcut).__name__}"
+        )
+    if parts > 1:
+        raise ArgumentError(f"shortcut: of {parts} tensors side by side only a convolution or a tensor can be added")
+    return (branches.IDENTITY if shortcut is None else branches.PADDED), None
+
+
+def _static_shortcut(kind: str, shortcut, unit: list[Unit]) -> Shortcut:
+    if kind == branches.PADDED:
+        return Shortcut(kind, stride=shortcut.stride, before=shortcut.before, channels=shortcut.channels)
+    if isinstance(shortcut, Pooled):
+        return Shortcut(kind, unit[0], shortcut.window, shortcut.count_include_pad)
+    return Shortcut(kind, *unit)
+
+
+def _check_block(
+    x: Tensor, dtype: torch.dtype, shape: torch.Size, bn: BN | None, convs, shortcut, projection
+) -> list[torch.Size]:
+    """Every check of what the block is made of; the output shapes of the main branch and of a projection."""
+    if not convs:
+        raise ArgumentError("convs: at least one convolution is needed")
+    if bn is not None:
+        arguments.check_tensors(x, dtype, bn, shape[1], "bn")
+        if bn.batch:
+            arguments.check_values_per_channel(shape)
+    names, shapes = [f"conv{i}" for i in range(1, len(convs) + 1)], []
+    for i, (c, name) in enumerate(zip(convs, names, strict=True)):
+        wanted = Conv if bn is not None and i + 1 == len(convs) else ConvBN
+        if not isinstance(c, wanted):
+            raise ArgumentError(f"{name} must be a {wanted.__name__}, got {type(c).__name__}")
+        shapes.append(arguments.output_shape(shapes[-1] if shapes else shape, c, name))
+        arguments.check_tensors(x, dtype, c, c.weight.shape[0], name)
+    last, which, other = shapes[-1], "x, the identity shortcut,", shape
+    if projection is not None:
+        source = shape
+        if isinstance(shortcut, Pooled):
+            source = arguments.pooled_shape(shape, shortcut.window, "shortcut")
+        shapes.append(arguments.output_shape(source, projection, "shortcut"))
+        arguments.check_tensors(x, dtype, projection, projection.weight.shape[0], "shortcut")
+        which, other = "shortcut's output", shapes[-1]
+    elif isinstance(shortcut, ZeroPad):
+        which, other = "shortcut's output", _padded_shape(shape, shortcut)
+    elif isinstance(shortcut, Tensor):
+        arguments.check_plain(shortcut, "shortcut")
+        arguments.check_image(shortcut, "shortcut")
+        which, other = "shortcut", shortcut.shape
+        if shortcut.device != x.device:
+            raise ArgumentError(f"shortcut is on {shortcut.device}, x on {x.device}; all must be on one device")
+        if arguments.storage_dtype(shortcut, "shortcut") != dtype:
+            raise ArgumentError(f"shortcut is {shortcut.dtype}; x in {dtype} takes that")
+    elif shortcut is not None:
+        other = last
+    if last != other:
+        raise ArgumentError(f"{name}'s output {tuple(last)} and {which} {tuple(other)} must have the same shape")
+    for c, its in zip((*convs, *([] if projection is None else [projection])), shapes, strict=True):
+        if c.batch:
+            arguments.check_values_per_channel(its)
+    return shapes
+
+
+def _padded_shape(shape: torch.Size, shortcut: ZeroPad) -> torch.Size:
+    n, c, h, w = shape
+    if not (0 <= shortcut.before <= shortcut.channels - c and min(shortcut.stride) > 0):
+        raise ArgumentError(f"shortcut: {c} channels after {shortcut.before} of zeros do not fit {shortcut}")
+    return torch.Size((n, shortcut.channels, -(-h // shortcut.stride[0]), -(-w // shortcut.stride[1])))
+
+
+def _check_sum(
+    x: Tensor, dtype: torch.dtype, kind: str, scale: float, row_scale: Tensor | None, gate: Tensor | None,
+    shape: torch.Size,
+) -> tuple[Tensor | None, Tensor | None]:
+    """row_scale and gate as the Function wants them."""
+    weighed = scale != 1 or row_scale is not None or gate is not None
+    if kind == branches.NOTHING and weighed:
+        raise ArgumentError("scale, row_scale and gate weigh a sum; without a shortcut there is none")
+    if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+        raise ArgumentError(f"scale must be a positive number, got {scale!r}")
+    if row_scale is not None:
+        arguments.check_plain(row_scale, "row_scale")
+        if row_scale.shape != shape[:1] or row_scale.device != x.device or row_scale.requires_grad:
+            raise ArgumentError(
+                f"row_scale must be [{shape[0]}] on {x.device} and require no gradient, got {tuple(row_scale.shape)} "
+                f"on {row_scale.device}, requires_grad={row_scale.requires_grad}"
+            )
+        row_scale = row_scale.to(wide(dtype))
+    if gate is not None:
+        arguments.check_plain(gate, "gate")
+        if gate.device != x.device:
+            raise ArgumentError(f"gate is on {gate.device}, x on {x.device}; all must be on one device")
+        try:
+            gate = gate.to(dtype).expand(shape)
+        except RuntimeError:
+            raise ArgumentError(f"gate {tuple(gate.shape)} does not broadcast to the output {tuple(shape)}") from None
+    return row_scale, gate
+
+
+def _known(stats: Stats | None, bn: BN | None, x: Tensor, channels: int) -> tuple[Tensor | None, Tensor | None]:
+    """Statistics of the input that were given and are wanted."""
+    if stats is None:
+        return None, None
+    for name, t in zip(Stats._fields, stats, strict=True):
+        if not isinstance(t, Tensor) or t.shape != (channels,) or t.device != x.device:
+            raise ArgumentError(f"stats.{name} must be a tensor [{channels}] on {x.device}, got {t!r}")
+    return tuple(stats) if bn is not None and bn.batch else (None, None)
+
+
+def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _suggests_channels_last(t: Tensor) -> bool:
@@ -131,101 +397,17 @@ def _suggests_channels_last(t: Tensor) -> bool:
     return True
 
 
-def _tensors(c: ConvBN) -> Tensors:
+def _tensors(c: BN | ConvBN | Conv) -> Tensors:
     """The unit's tensors: running buffers only where they are read."""
+    if isinstance(c, Conv):  # as a BatchNorm that does nothing
+        zero = torch.zeros(c.weight.shape[0], dtype=wide(c.weight.dtype), device=c.weight.device)
+        return Tensors(c.weight, c.bias, None, None, zero, torch.ones_like(zero))
     constant = (None, None) if c.batch else (c.running_mean.clone(), c.running_var.clone())  # later steps update them
-    return Tensors(c.weight, c.bias, c.gamma, c.beta, *constant)
+    return Tensors(getattr(c, "weight", None), getattr(c, "bias", None), c.gamma, c.beta, *constant)
 
 
-def _running(c: ConvBN, count: int) -> Running | None:
+def _running(c: BN | ConvBN | Conv, count: int) -> Running | None:
     """What the batch's statistics update: buffers in training, nothing otherwise."""
-    if not c.training or (c.running_mean is None and c.num_batches_tracked is None):
+    if isinstance(c, Conv) or not c.training or (c.running_mean is None and c.num_batches_tracked is None):
         return None
     return Running(c.running_mean, c.running_var, c.num_batches_tracked, c.momentum, count)
-
-
-def _update(update_running, pending: list[RunningUpdate]) -> None:
-    with torch.no_grad():
-        update_running(pending)
-    pending.clear()
-
-
-# Validation --------------------------------------------------------------------------------------------------
-
-
-def _storage_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that the block computes in: autocast's for what autocast casts, else x's."""
-    if not isinstance(x, Tensor):
-        raise ArgumentError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    device = x.device.type
-    if device not in ("cpu", "cuda"):
-        raise ArgumentError(f"x must be on cpu or cuda, got {x.device}")
-    if torch.is_autocast_enabled(device) and x.dtype in STORAGE_DTYPES and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
-def _validate(x: Tensor, dtype: torch.dtype, convs: tuple[ConvBN, ...], names: tuple[str, ...]) -> list[torch.Size]:
-    """Every check that does not need a kernel; returns the shape of each convolution's output."""
-    if x.dim() != 4:
-        raise ArgumentError(f"x must have 4 dimensions [N, C, H, W], got {x.dim()}: {tuple(x.shape)}")
-    if x.dtype not in STORAGE_DTYPES:
-        raise ArgumentError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
-    if x.numel() == 0:
-        raise ArgumentError(f"x must not be empty, got {tuple(x.shape)}")
-    shape, shapes = x.shape, []
-    for c, name in zip(convs, names, strict=True):
-        shape = _output_shape(x.shape if name == "shortcut" else shape, c, name)
-        _check_tensors(x, dtype, c, name)
-        shapes.append(shape)
-    last, other = shapes[2], shapes[3] if len(shapes) == 4 else x.shape
-    if last != other:
-        which = "shortcut's output" if len(shapes) == 4 else "x, the identity shortcut,"
-        raise ArgumentError(f"conv3's output {tuple(last)} and {which} {tuple(other)} must have the same shape")
-    for c, shape in zip(convs, shapes, strict=True):
-        if c.batch and shape[0] * shape[2] * shape[3] == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    return shapes
-
-
-def _output_shape(shape: torch.Size, c: ConvBN, name: str) -> torch.Size:
-    weight = c.weight
-    if weight.dim() != 4:
-        raise ArgumentError(f"{name}.weight must be [K, C/groups, R, S], got {tuple(weight.shape)}")
-    if weight.shape[1] * c.groups != shape[1] or weight.shape[0] % c.groups:
-        raise ArgumentError(
-            f"{name}.weight {tuple(weight.shape)} with groups={c.groups} does not fit an input of {shape[1]} channels"
-        )
-    spatial = [
-        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
-        for size, pad, dil, kernel, step in zip(
-            shape[2:], c.padding, c.dilation, weight.shape[2:], c.stride, strict=True
-        )
-    ]
-    if min(spatial) < 1:
-        raise ArgumentError(f"{name}: an input of {tuple(shape[2:])} pixels leaves no output ({spatial})")
-    return torch.Size((shape[0], weight.shape[0], *spatial))
-
-
-def _check_tensors(x: Tensor, dtype: torch.dtype, c: ConvBN, name: str) -> None:
-    autocast = torch.is_autocast_enabled(x.device.type)
-    cast = (dtype,) if dtype == torch.float64 else STORAGE_DTYPES[1:]  # what autocast casts
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for field in ("weight", "bias", "gamma", "beta", "running_mean", "running_var", "num_batches_tracked"):
-        t = getattr(c, field)
-        if t is None:
-            continue
-        if t.device != x.device:
-            raise ArgumentError(f"{name}.{field} is on {t.device}, x on {x.device}; all must be on one device")
-        if field == "num_batches_tracked":
-            continue
-        if field == "weight":
-            accepted = cast if autocast else (dtype,)
-        else:
-            if t.shape != (c.weight.shape[0],):
-                raise ArgumentError(f"{name}.{field} must be [{c.weight.shape[0]}], got {tuple(t.shape)}")
-            accepted = cast if autocast and field == "bias" else (dtype, wide)
-        if t.dtype not in accepted:
-            raise ArgumentError(f"{name}.{field} is {t.dtype}; x in {dtype} takes {' or '.join(map(str, accepted))}")
-    if (c.running_mean is None) != (c.running_var is None):
-        raise ArgumentError(f"{name}: running_mean and running_var must both be given or both be None")

@@ -62,6 +62,10 @@ def test_train_mode_updates_as_torch_does():
     assert block.bn2.num_batches_tracked == 3
 
 
+def test_tracking_switched_off_later_leaves_the_buffers():
+    agree(lambda norm: setattr(norm, "track_running_stats", False))
+
+
 @pytest.mark.parametrize("momentum", [None, 0.0, 0.3, 1.0])
 def test_momentum(momentum):
     agree(lambda norm: setattr(norm, "momentum", momentum))

@@ -196,7 +196,7 @@ def test_no_mask_is_made_without_gradients(monkeypatch, form):
     with torch.no_grad():
         functional.bottleneck(activation(4, 8, 3, 3), *bottleneck())
     functional.bottleneck(activation(4, 8, 3, 3), *bottleneck())
-    assert [arguments.get("want_mask", positional[-1]) for positional, arguments in calls] == [False, True]
+    assert [positional[-1].mask for positional, _ in calls] == [False, True]
 
 
 def test_the_covariance_is_kept_where_it_is_small(monkeypatch):

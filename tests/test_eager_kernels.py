@@ -16,6 +16,8 @@ from resfuse.kernels.interface import (
     Second,
     Stats,
     Strided,
+    Sum,
+    Want,
 )
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -92,6 +94,14 @@ def test_mask_bits(channels):
     assert torch.equal(other, mask), "NCHW order"
     for like in (torch.empty(11, channels), torch.empty(channels, 11).t()):
         assert torch.equal(_rows.unpack_mask(mask, like) != 0, kept)
+
+
+@pytest.mark.parametrize("switch, rounded", [("bf16", torch.Tensor.bfloat16), ("tf32", _rows.round_to_tf32)])
+def test_statistics_are_of_what_products_read(monkeypatch, switch, rounded):
+    """Where torch's switches shorten the operands of float32 products, statistics are of the shortened ones."""
+    monkeypatch.setattr(_rows, "reduced_products", lambda device: switch)
+    t = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(_rows.as_read(t), rounded(t).double()) and not torch.equal(_rows.as_read(t), t.double())
 
 
 def test_round_to_tf32():
@@ -241,17 +251,17 @@ def test_expand_and_apply(kind, shape, dtype):
     residual, value = residuals(out_shape, dtype)[kind]
     recipe, y = norm_of(shape, dtype)
     w, scale, shift = weight(channels, shape[1], dtype), vector(channels, dtype, 4), vector(channels, dtype, 5)
-    out, mask = primitive("expand")(recipe, w, scale, shift, residual, True)
+    out, mask, _ = primitive("expand")(recipe, w, scale, shift, Sum(residual), Want(mask=True))
     close(matrix(out), (y @ w.double().T * scale.double() + shift.double() + value).relu(), dtype)
     check_mask(out, mask)
-    assert primitive("expand")(recipe, w, scale, shift, residual, False)[1] is None
+    assert primitive("expand")(recipe, w, scale, shift, Sum(residual), Want()).mask is None
 
     main, _ = norm_of(out_shape, dtype)
     expected = matrix(main.z) * main.scale.double() + main.shift.double() + value
-    out, mask = primitive("apply")(main, residual, relu=True, want_mask=True)
+    out, mask, _ = primitive("apply")(main, Sum(residual), Want(mask=True))
     close(matrix(out), expected.relu(), dtype)
     check_mask(out, mask)
-    close(matrix(primitive("apply")(main, residual, relu=False, want_mask=False)[0]), expected, dtype)
+    close(matrix(primitive("apply")(main, Sum(residual, relu=False), Want()).out), expected, dtype)
 
 
 def check_mask(out, mask):
@@ -262,13 +272,13 @@ def check_mask(out, mask):
 def test_mask_is_taken_of_the_rounded_values():
     """A positive sum that underflows in float16 is stored as 0, and passes no gradient."""
     z = torch.full((1, 8, 1, 1), 1e-3, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
-    out, mask = primitive("apply")(Norm(z, torch.full((8,), 1e-6), torch.zeros(8)), None, relu=True, want_mask=True)
+    out, mask, _ = primitive("apply")(Norm(z, torch.full((8,), 1e-6), torch.zeros(8)), Sum(), Want(mask=True))
     assert not out.any() and not mask.any()
 
 
 def test_nan_keeps_its_bit():
     z = torch.tensor([float("nan"), float("inf"), -float("inf"), -1.0]).view(1, 4, 1, 1)
-    out, mask = primitive("apply")(Norm(z, torch.ones(4), torch.zeros(4)), None, relu=True, want_mask=True)
+    out, mask, _ = primitive("apply")(Norm(z, torch.ones(4), torch.zeros(4)), Sum(), Want(mask=True))
     assert out.flatten()[0].isnan() and out.flatten()[1:].tolist() == [float("inf"), 0, 0]
     assert mask.tolist() == [[0b0011]]
 

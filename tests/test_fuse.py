@@ -300,7 +300,8 @@ def test_a_refusal_of_a_kernel_set_is_reported(monkeypatch):
     """conv3 recomputed beside a projection in covariance form: the CPU set's `apply` has no second product."""
     if dispatch.kernels("auto", "cpu", torch.float32).chosen["apply"] != "cpu":
         pytest.skip("native_missing: the native library is not built")
-    monkeypatch.setattr(resfuse.functional, "covariance_from", lambda convs: [None, None, None, 1])
+    keep, recompute, covariance = (resfuse.functional.Form(kind) for kind in ("keep", "recompute", "covariance"))
+    monkeypatch.setattr(resfuse.functional, "forms", lambda *_: [keep, keep, recompute, covariance])
     model = nn.Sequential(Bottleneck(8, 4, downsample=nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16))))
     resfuse.fuse(model.to(memory_format=torch.channels_last))
     model(torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last))
@@ -328,8 +329,17 @@ def test_report_says_what_was_not_converted():
 
 def test_a_shared_block_is_fused_once():
     block = Bottleneck(16, 4)
-    model = resfuse.fuse(nn.Sequential(block, block))
+    model = resfuse.fuse(nn.Sequential(block, nn.Sequential(block)))
     assert len(resfuse.report(model, input_size=(1, 16, 8, 8)).fused) == 1
+
+
+def test_a_parameter_of_a_subclass_runs_the_original_forward():
+    """A subclass may do anything; here it does nothing."""
+    model = resfuse.fuse(nn.Sequential(Bottleneck(16, 4)))
+    weight = model[0].conv1.weight.detach()
+    model[0].conv1._parameters["weight"] = torch.Tensor._make_subclass(type("Own", (torch.Tensor,), {}), weight)
+    model(torch.randn(2, 16, 6, 6))
+    assert list(model[0].resfuse_state.fallbacks) == ["parameter_type"]
 
 
 def test_mutated_parameters_are_seen():

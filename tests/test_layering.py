@@ -10,7 +10,7 @@ import pytest
 import resfuse
 
 ROOT = Path(resfuse.__file__).parent
-LAYERS = ("convert", "blocks", "functional", "functions", "kernels.dispatch", "kernels.interface")
+LAYERS = ("convert", "blocks", "functional", "arguments", "functions", "kernels.dispatch", "kernels.interface")
 
 
 def modules() -> dict[str, Path]:

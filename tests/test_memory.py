@@ -69,7 +69,7 @@ def test_a_block_whose_products_would_cost_too_much_keeps_no_more():
     """Few rows: the wide product is recomputed, not stored."""
     case = BottleneckCase("few rows", 256, 64, 256, 5, batch=2)
     block = resfuse.fuse(make_block(case))
-    assert resfuse.functional.covariance_from(resfuse.blocks.bottleneck.convs(block))[2] > case.rows
+    assert resfuse.functional.forms(resfuse.blocks.bottleneck.convs(block), None)[2].rows > case.rows
     assert units(case, block, torch.float32) < 6.7  # vectors of few rows
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resfuse import _native
 from resfuse.kernels.cpu.apply import apply
-from resfuse.kernels.interface import Norm, Second, Unsupported
+from resfuse.kernels.interface import Norm, Second, Sum, Unsupported, Want
 
 BUILT = os.environ.get("RESFUSE_NATIVE", "1" if sys.platform == "linux" else "0") == "1"
 pytestmark = [pytest.mark.gate, pytest.mark.skipif(not BUILT, reason="native_missing: RESFUSE_NATIVE=0")]
@@ -66,7 +66,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_bits_equal_plain_float32(shape, dtype, kind, poisoned):
     a, residual = operands(shape, dtype, kind)
     for relu, want_mask in product((True, False), repeat=2):
-        out, mask = apply(a, residual, relu, want_mask)
+        out, mask, _ = apply(a, Sum(residual, relu), Want(want_mask))
         assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(out, plain(a, residual, relu).to(dtype))
         assert torch.equal(mask, bits(out)) if want_mask else mask is None
@@ -77,7 +77,7 @@ def test_bits_equal_plain_float32(shape, dtype, kind, poisoned):
 def test_error_against_float64_is_rounding(dtype, kind):
     a, residual = operands((2, 24, 9, 9), dtype, kind)
     exact = plain(a, residual, True, torch.float64)
-    error = (apply(a, residual, True, False)[0].double() - exact).norm() / exact.norm()
+    error = (apply(a, Sum(residual), Want()).out.double() - exact).norm() / exact.norm()
     assert error < torch.finfo(dtype).eps
 
 
@@ -85,7 +85,7 @@ def test_error_against_float64_is_rounding(dtype, kind):
 @pytest.mark.parametrize("shape", [(0, 16, 4, 4), (2, 16, 0, 4)])
 def test_no_rows(shape, dtype):
     a, residual = operands(shape, dtype, "tensor")
-    out, mask = apply(a, residual, True, True)
+    out, mask, _ = apply(a, Sum(residual), Want(mask=True))
     assert out.shape == shape and mask.shape == (0, 2)
 
 
@@ -99,7 +99,7 @@ def test_nan_and_inf_behave_as_in_torch(dtype, kind, poisoned):
             chosen = torch.rand_like(t, dtype=torch.float32) < 0.5
             t[chosen] = special[torch.randint(len(special), (int(chosen.sum()),))]
     for relu in (True, False):
-        out, mask = apply(a, residual, relu, True)
+        out, mask, _ = apply(a, Sum(residual, relu), Want(mask=True))
         expected = plain(a, residual, relu).to(dtype)
         assert expected.isnan().any() and same(out, expected)
         assert torch.equal(mask, bits(expected))
@@ -115,7 +115,7 @@ def test_mask_is_taken_after_rounding_to_storage():
     smallest = 2.0**-133
     a = identity(torch.full((3,), smallest).to(torch.bfloat16))
     scale = torch.tensor([0.5, 0.75, 1.0])
-    out, mask = apply(a._replace(scale=scale), None, True, True)
+    out, mask, _ = apply(a._replace(scale=scale), Sum(), Want(mask=True))
     assert out.flatten().tolist() == [0.0, smallest, smallest]
     assert mask.tolist() == [[0b110]]
 
@@ -125,7 +125,7 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_every_nan():
     patterns[:6] = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800001, 0x7FFFFFFF, -1]).to(torch.int32)
     shift = patterns.view(torch.float32)
     a = identity(torch.zeros(4096, dtype=torch.bfloat16))._replace(shift=shift)
-    out, mask = apply(a, None, False, True)
+    out, mask, _ = apply(a, Sum(relu=False), Want(mask=True))
     assert same(out.flatten(), shift.to(torch.bfloat16))
     assert torch.equal(mask, bits(out))
 
@@ -138,7 +138,7 @@ def test_any_number_of_threads_gives_the_same_bits(dtype):
         results = []
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            results.append(apply(a, residual, True, True))
+            results.append(apply(a, Sum(residual), Want(mask=True))[:2])
     finally:
         torch.set_num_threads(before)
     for out, mask in results[1:]:
@@ -150,7 +150,7 @@ def test_operands_are_not_modified():
     a, residual = operands((2, 24, 3, 3), torch.float32, "norm")
     tensors = (*a[:3], *residual[:3])
     before = [t.clone() for t in tensors]
-    apply(a, residual, True, True)
+    apply(a, Sum(residual), Want(mask=True))
     assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 
@@ -187,7 +187,7 @@ def test_the_operator_names_the_argument_that_is_wrong(changes, sentence):
 
 def refused(a: Norm, residual=None) -> set[str]:
     with pytest.raises(Unsupported) as caught:
-        apply(a, residual, True, True)
+        apply(a, Sum(residual), Want(mask=True))
     return {reason.code for reason in caught.value.reasons}
 
 
@@ -209,7 +209,7 @@ def test_more_elements_than_32_bits_count():
     pixels = 2**31 // c + 3
     z = torch.zeros(1, pixels, 1, c, dtype=torch.bfloat16).permute(0, 3, 1, 2)
     z[0, :, -1] = torch.arange(c, dtype=torch.bfloat16)[:, None]
-    out, mask = apply(Norm(z, torch.full((c,), 2.0), torch.full((c,), -4.0)), None, True, True)
+    out, mask, _ = apply(Norm(z, torch.full((c,), 2.0), torch.full((c,), -4.0)), Sum(), Want(mask=True))
     assert torch.equal(out[0, :, -1, 0].float(), (2.0 * torch.arange(c) - 4.0).relu())
     assert mask[-1].tolist() == [0b11111000] + [255] * 7 and mask[0].sum() == 0
     assert not out[0, :, 0].any()

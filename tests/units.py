@@ -2,7 +2,7 @@
 
 import torch
 
-from resfuse.functional import ConvBN
+from resfuse.functional import BN, Conv, ConvBN
 
 PARAMETERS = ("weight", "bias", "gamma", "beta")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -30,6 +30,18 @@ def conv_bn(in_channels, out_channels, kernel=1, *, dtype=torch.float64, bias=Fa
         if fields[name] is not None:
             fields[name].requires_grad_()
     return ConvBN(**fields)
+
+
+def bn(channels, *, dtype=torch.float64, seed=0, **settings) -> BN:
+    """A random BatchNorm; settings override BN's fields."""
+    pair = conv_bn(1, channels, dtype=dtype, seed=seed)
+    return BN(**{name: getattr(pair, name) for name in BN._fields})._replace(**settings)
+
+
+def conv(in_channels, out_channels, kernel=1, *, dtype=torch.float64, bias=False, seed=0, **settings) -> Conv:
+    """A random convolution; settings override Conv's fields."""
+    pair = conv_bn(in_channels, out_channels, kernel, dtype=dtype, bias=bias, seed=seed, **settings)
+    return Conv(**{name: getattr(pair, name) for name in Conv._fields})
 
 
 def bottleneck(

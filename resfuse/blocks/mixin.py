@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from ..functional import STORAGE_DTYPES, ArgumentError, ConvBN
+from ..arguments import STORAGE_DTYPES, ArgumentError, ConvBN
 from ..kernels.interface import Reason
 
 NORMS = {

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from . import bottleneck
+from . import basic_block, bottleneck
 from .mixin import qualified_name
 
-PLANS: dict[str, ModuleType] = {bottleneck.TORCHVISION: bottleneck}
+PLANS: dict[str, ModuleType] = {plan.TORCHVISION: plan for plan in (basic_block, bottleneck)}
 
 
 def plan_for(cls: type) -> ModuleType | None:

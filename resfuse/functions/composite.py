@@ -9,23 +9,76 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.interface import Window
+from .branches import GIVEN, IDENTITY, NOTHING, PADDED, PROJECTION, Inputs, Spec
 from .unit import Tensors, Unit
+
+
+def norm(z: Tensor, unit: Unit, t: Tensors) -> Tensor:
+    return F.batch_norm(z, t.mean, t.var, t.gamma, t.beta, unit.batch, 0.0, unit.eps)
 
 
 def conv_bn(x: Tensor, unit: Unit, t: Tensors) -> Tensor:
     bias = None if t.bias is None else t.bias.to(x.dtype)
     z = F.conv2d(x, t.weight.to(x.dtype), bias, *unit.geometry)
-    return F.batch_norm(z, t.mean, t.var, t.gamma, t.beta, unit.batch, 0.0, unit.eps)
+    return z if unit.eps is None else norm(z, unit, t)
 
 
-def bottleneck(x: Tensor, units: tuple[Unit, ...], tensors: tuple[Tensors, ...]) -> Tensor:
-    conv1, conv2, conv3, *projection = zip(units, tensors, strict=True)
-    y = F.relu(conv_bn(x, *conv1))
-    y = F.relu(conv_bn(y, *conv2))
-    return F.relu(conv_bn(y, *conv3) + (conv_bn(x, *projection[0]) if projection else x))
+def gradients(spec: Spec, inputs: Inputs, needs: Inputs, dout: Tensor, passes: Tensor | None) -> list[Tensor | None]:
+    """What `block.BlockFunction.backward` returns, differentiable.
+
+    passes: 1 where out's ReLU passed and 0 elsewhere, for a given residual that was not kept; else None.
+    """
+    found = input_gradients(block(spec, inputs, passes), dout, inputs.flat())
+    if spec.shortcut.kind == GIVEN and inputs.residual is None and needs.residual:
+        dresidual = (dout if passes is None else torch.where(passes != 0, dout, 0)) * spec.scale
+        found[spec.parts + Inputs.RESIDUAL] = dresidual
+    return found
 
 
-def differentiable_gradients(out: Tensor, dout: Tensor, inputs: list[Tensor | None]) -> list[Tensor | None]:
+def block(spec: Spec, inputs: Inputs, passes: Tensor | None) -> Tensor:
+    """The block's output; without a given residual that was not kept, and its ReLU by `passes`, where it is given."""
+    x = inputs.parts[0] if len(inputs.parts) == 1 else torch.cat(inputs.parts, 1)
+    first = x if spec.norm is None else F.relu(norm(x, spec.norm, inputs.norm[0]))
+    main = first
+    for i, (unit, t) in enumerate(zip(spec.units, inputs.units, strict=True)):
+        main = conv_bn(main if i == 0 else F.relu(main), unit, t)
+    if inputs.row_scale is not None:
+        main = main * inputs.row_scale.to(main.dtype)[:, None, None, None]
+    residual = _residual(spec, inputs, x, first)
+    if inputs.gate is not None:
+        main, residual = main * inputs.gate, residual * (1 - inputs.gate)
+    out = (main if residual is None else main + residual) * spec.scale
+    if passes is not None:
+        return torch.where(passes != 0, out, 0)
+    return F.relu(out) if spec.relu else out
+
+
+def bn_relu(x: Tensor, unit: Unit, t: Tensors, window: Window | None) -> Tensor:
+    y = F.relu(norm(x, unit, t))
+    return y if window is None else F.max_pool2d(y, *window)
+
+
+def _residual(spec: Spec, inputs: Inputs, x: Tensor, first: Tensor) -> Tensor | None:
+    shortcut = spec.shortcut
+    if shortcut.kind == IDENTITY:
+        return x
+    if shortcut.kind == GIVEN:
+        return inputs.residual
+    if shortcut.kind == PADDED:
+        rows, columns = shortcut.stride
+        after = shortcut.channels - shortcut.before - x.shape[1]
+        return F.pad(x[:, :, ::rows, ::columns], (0, 0, 0, 0, shortcut.before, after))
+    if shortcut.kind == PROJECTION:
+        if shortcut.window is not None:
+            size, stride, padding, _, ceil_mode = shortcut.window
+            first = F.avg_pool2d(first, size, stride, padding, ceil_mode, shortcut.count_include_pad)
+        return conv_bn(first, shortcut.unit, inputs.shortcut[0])
+    assert shortcut.kind == NOTHING
+    return None
+
+
+def input_gradients(out: Tensor, dout: Tensor, inputs: list[Tensor | None]) -> list[Tensor | None]:
     """Gradients of out in the inputs that require one, connected to out's inputs and to dout."""
     wanted = [t for t in inputs if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, allow_unused=True))

@@ -1,8 +1,10 @@
-"""One convolution and its BatchNorm inside a block, forward and backward, in its two forms.
+"""One convolution and its BatchNorm inside a block, forward and backward, in its forms.
 
-    deferred     the raw output z is written; BatchNorm and ReLU are the consumer's prologue. The block keeps a narrow
-                 z for backward and recomputes a wide one from the activation that it keeps anyway.
-    covariance   a widening 1x1: batch statistics from the covariance of its input, z never written. `docs/math.md`.
+    keep         the raw output z is written and kept for backward; BatchNorm and ReLU are the consumer's prologue
+    recompute    as `keep`, but z is wide and cheap: dropped, and made again from the activation that is kept anyway
+    covariance   a 1x1 whose z is never written. Batch statistics come from the covariance of its input
+                 (`docs/math.md`), constant ones need none.
+    linear       no BatchNorm at all, so that backward needs no z
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from ..kernels.interface import (
     Act,
+    Addend,
     Affine,
     BNContext,
     Geometry,
@@ -27,23 +30,26 @@ from ..kernels.interface import (
     wide,
 )
 
+KEEP, RECOMPUTE, COVARIANCE, LINEAR = "keep", "recompute", "covariance", "linear"
 # Where cov [C, C] is at most this share of one [M, C] activation it is kept, elsewhere recomputed in backward.
 KEPT_COVARIANCE_SHARE = 0.02
 
 
 class Unit(NamedTuple):
-    """What is static: geometry, BatchNorm's eps, batch or constant statistics, the form."""
+    """What is static: geometry (None: a BatchNorm alone), eps (None: no BatchNorm), whether its statistics are
+    the batch's or constants, the form."""
 
-    geometry: Geometry
-    eps: float
+    geometry: Geometry | None
+    eps: float | None
     batch: bool
-    covariance: bool
+    form: str
 
 
 class Tensors(NamedTuple):
-    """The unit's parameters and, for constant statistics, copies of its running buffers; any but weight may be None."""
+    """The unit's parameters and, for constant statistics, copies of its running buffers; any may be None, weight where
+    there is no convolution."""
 
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     gamma: Tensor | None
     beta: Tensor | None
@@ -101,28 +107,76 @@ def matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def forward(kernels, unit: Unit, t: Tensors, a: Act, dtype: torch.dtype) -> tuple[Norm | Second, Stats | None, Kept]:
     """The unit's output as a recipe without activation, its batch statistics (None if constant), what to keep."""
-    stats = None if unit.batch else _constant_stats(t, wide(dtype))
-    input_mean = cov = z = None
-    if unit.covariance:
-        a, weight = sampled(a, unit.geometry.stride), matrix(t.weight, dtype)
+    measured = input_mean = cov = z = None
+    if unit.form == COVARIANCE:
+        a = sampled(a, unit.geometry.stride)
         if unit.batch:
             input_mean, cov = kernels.covariance(a)
-            stats = kernels.expand_stats(weight, input_mean, cov)
+            measured = kernels.expand_stats(matrix(t.weight, dtype), input_mean, cov)
     else:
         z, measured = kernels.conv_stats(a, t.weight.to(dtype), unit.geometry, stats=unit.batch)
-        stats = measured or stats
-    affine = kernels.finalize(stats, t.gamma, t.beta, unit.eps)
+    kept = normalise(kernels, unit, t, measured, wide(dtype))
     if cov is not None and cov.nbytes > KEPT_COVARIANCE_SHARE * _nbytes(a):
         cov = None
-    kept = Kept(stats.mean, affine.invstd, affine.scale, affine.shift, input_mean, cov)
-    if unit.covariance:
-        recipe = Second(a, weight, affine.scale, affine.shift)
-    else:
-        recipe = Norm(z, affine.scale, affine.shift, relu=False)
-    return recipe, (stats if unit.batch else None), kept
+    kept = kept._replace(input_mean=input_mean, cov=cov)
+    return recipe(unit, t, kept, a, z), measured, kept
 
 
-def backward_deferred(
+def normalise(kernels, unit: Unit, t: Tensors, measured: Stats | None, exact: torch.dtype) -> Kept:
+    """BatchNorm's affine map from measured statistics, or from the constant ones."""
+    stats = measured or _constant_stats(t, exact)
+    affine = kernels.finalize(stats, t.gamma, t.beta, unit.eps or 0.0)
+    return Kept(stats.mean, affine.invstd, affine.scale, affine.shift, None, None)
+
+
+def recipe(unit: Unit, t: Tensors, kept: Kept, a: Act, z: Tensor | None) -> Norm | Second:
+    """The unit's output, without activation, from z or, in covariance form, from the sampled input activation."""
+    if unit.form == COVARIANCE:
+        return Second(a, matrix(t.weight, dtype_of(a)), kept.scale, kept.shift)
+    return Norm(z, kept.scale, kept.shift, relu=False)
+
+
+def raw(kernels, unit: Unit, t: Tensors, a: Act) -> Tensor:
+    """z, made again."""
+    return kernels.conv_stats(a, t.weight.to(dtype_of(a)), unit.geometry, stats=False)[0]
+
+
+def backward(
+    kernels, unit: Unit, t: Tensors, kept: Kept, g: Grad, a: Act, z: Tensor | None, y: Act | None, relu: bool,
+    add: Addend, needs_input: bool, needs: Tensors,
+) -> tuple[Tensor | Strided | None, Gradients]:
+    """The gradient of the unit's input and of its parameters, in any form.
+
+    z: its kept output (form `keep`); y: its activated output where g still is to be masked by that, else None; relu:
+    the input's own ReLU masks the gradient where that is free, in covariance form. add: another path's gradient of the
+    same input, which is left to the caller in covariance form.
+    """
+    if unit.form == COVARIANCE:
+        return backward_covariance(kernels, unit, t, kept, g, a, relu, needs_input, needs)
+    if unit.form == LINEAR:
+        dz = kernels.prepare(g)
+        dweight, dbias = None, None
+        if t.bias is not None and needs.bias:
+            dbias = dz.sum((0, 2, 3), dtype=wide(dz.dtype)).to(t.bias.dtype)
+        da, dweight = _conv_backward(kernels, unit, t, dz, a, add, needs_input, needs.weight)
+        dweight = None if dweight is None else dweight.view(t.weight.shape).to(t.weight.dtype)
+        return da, Gradients(dweight, dbias, None, None)
+    if unit.form == RECOMPUTE:
+        z = raw(kernels, unit, t, a)
+    dz, dgamma, dbeta = backward_norm(kernels, unit, t, kept, g, z, y)
+    da, dweight = _conv_backward(kernels, unit, t, dz, a, add, needs_input, needs.weight)
+    return da, gradients(unit, t, kept, dweight, dgamma, dbeta)
+
+
+def _conv_backward(
+    kernels, unit: Unit, t: Tensors, dz: Grad, a: Act, add: Addend, needs_input: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    weight = t.weight.to(dtype_of(a))
+    needs = needs_input, needs_weight
+    return kernels.conv_backward(dz, a, weight, unit.geometry, add if needs_input else None, needs)
+
+
+def backward_norm(
     kernels, unit: Unit, t: Tensors, kept: Kept, dy: Grad, z: Tensor, y: Act | None
 ) -> tuple[Grad, Tensor, Tensor]:
     """(dz, dgamma, dbeta) from the gradient below the unit's BatchNorm, or below the ReLU that made y."""
@@ -138,8 +192,7 @@ def backward_covariance(
     """
     stride = unit.geometry.stride
     a = sampled(a, stride)
-    dtype = a.z.dtype if isinstance(a, Norm) else a.dtype
-    weight = matrix(t.weight, dtype)
+    weight = matrix(t.weight, dtype_of(a))
     affine = Affine(kept.scale, kept.shift, kept.invstd)
     wg = kernels.scale_weight(weight, affine.scale)
     found, u, q, q_scale, c = NONE, None, None, None, None
@@ -185,6 +238,11 @@ def gradients(unit: Unit, t: Tensors, kept: Kept, dweight: Tensor | None, dgamma
         None if t.gamma is None else dgamma.to(t.gamma.dtype),
         None if t.beta is None else dbeta.to(t.beta.dtype),
     )
+
+
+def dtype_of(a: Act) -> torch.dtype:
+    """The storage dtype of an activation."""
+    return (a.z if isinstance(a, Norm) else a).dtype
 
 
 def _constant_stats(t: Tensors, dtype: torch.dtype) -> Stats:

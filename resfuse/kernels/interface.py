@@ -55,21 +55,34 @@ class Norm(NamedTuple):
 class Second(NamedTuple):
     """A second 1x1 convolution added to the first one's output: `scale * (x @ weight.T) + shift`, never stored.
 
-    x [N, C, H, W] (a strided view where the shortcut has a stride), weight [K, C] in storage dtype, scale and
-    shift wide [K].
+    x [N, C, H, W] or its recipe (a strided view where the shortcut has a stride), weight [K, C] in storage dtype,
+    scale and shift wide [K].
     """
 
-    x: Tensor
+    x: Tensor | Norm
     weight: Tensor
     scale: Tensor
     shift: Tensor
 
 
+class Padded(NamedTuple):
+    """x [N, C, H, W] with channels of zeros around it: `before` of them first, `channels` in all, never stored."""
+
+    x: Tensor
+    before: int
+    channels: int
+
+
 class Masked(NamedTuple):
-    """The gradient `dout where mask else 0`. dout [N, K, H, W]; mask uint8 [M, ceil(K/8)], channel 8i+j is bit j."""
+    """The gradient `scale * row_scale[n] * (dout where mask else 0)`, what is None left out.
+
+    dout [N, K, H, W]; mask uint8 [M, ceil(K/8)], channel 8i+j is bit j; row_scale wide [N], a factor per sample.
+    """
 
     dout: Tensor
-    mask: Tensor
+    mask: Tensor | None
+    row_scale: Tensor | None = None
+    scale: float = 1.0
 
 
 class BNGrad(NamedTuple):
@@ -95,8 +108,32 @@ class Strided(NamedTuple):
 
 Act = Tensor | Norm
 Grad = Tensor | Masked | BNGrad
-Residual = Tensor | Norm | Second | None
+Residual = Tensor | Norm | Second | Padded | None
 Addend = Tensor | Masked | Strided | None
+
+
+class Sum(NamedTuple):
+    """A block's last step: what is added to its main branch, how the two are weighed, and what follows.
+
+        act(scale * (row_scale[n] * main + residual))                  without a gate
+        act(scale * (gate * row_scale[n] * main + (1 - gate) * residual))
+
+    row_scale wide [N], a factor per sample (stochastic depth); gate [N, K, H, W] in storage dtype (highway). What is
+    None is left out. Everything acts on wide values; the sum is rounded once.
+    """
+
+    residual: Residual = None
+    relu: bool = True
+    scale: float = 1.0
+    row_scale: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class Want(NamedTuple):
+    """What the primitive that writes a sum gives besides: its mask `not (out <= 0)`, its statistics."""
+
+    mask: bool = False
+    stats: bool = False
 
 
 class Geometry(NamedTuple):
@@ -106,6 +143,16 @@ class Geometry(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+
+
+class Window(NamedTuple):
+    """A pooling window, each pair (height, width); ceil_mode as in torch."""
+
+    size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
 
 
 class Stats(NamedTuple):
@@ -121,6 +168,17 @@ class Affine(NamedTuple):
     scale: Tensor
     shift: Tensor
     invstd: Tensor
+
+
+class Written(NamedTuple):
+    """A sum as it was stored: out [N, K, H, W] in storage dtype, and what was wanted of it.
+
+    stats None, though wanted: they would be a pass of their own, which is the caller's to ask for (`bn_stats`).
+    """
+
+    out: Tensor
+    mask: Tensor | None = None
+    stats: Stats | None = None
 
 
 class BNContext(NamedTuple):
@@ -180,21 +238,34 @@ class KernelSet(Protocol):
         weight [K, C] in storage dtype; the products are wide whatever the tf32 switches say.
         """
 
-    def expand(
-        self, a: Act, weight: Tensor, scale: Tensor, shift: Tensor, residual: Residual, want_mask: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """`relu(scale * (a @ weight.T) + shift + residual)` rounded once, and its mask `not (out <= 0)`.
+    def expand(self, a: Act, weight: Tensor, scale: Tensor, shift: Tensor, total: Sum, want: Want) -> Written:
+        """The sum whose main branch is `scale * (a @ weight.T) + shift`.
 
         a [N, C, H, W] or its recipe, weight [K, C]; out [N, K, H, W]; scale and shift act on the accumulator.
         """
 
-    def apply(
-        self, a: Norm, residual: Residual, relu: bool, want_mask: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """`act(scale * z + shift + residual)` rounded once, and its mask `not (out <= 0)` if asked.
+    def apply(self, a: Norm, total: Sum, want: Want) -> Written:
+        """The sum whose main branch is `scale * z + shift`. a.relu is not used here: total.relu acts on the sum."""
 
-        a.relu is not used here: `relu` acts on the sum. The mask is taken of the stored, rounded values.
+    def select(self, grad: Masked) -> Tensor:
+        """The recipe's tensor, rounded once."""
+
+    def bn_relu_max_pool(self, a: Norm, window: Window) -> tuple[Tensor, Tensor]:
+        """Maxima of a's windows [N, C, P, Q], and where they are: uint8, row * size[1] + column in the window.
+
+        As in torch the first maximum of the rounded values wins, and the last NaN. At most 255 values a window.
         """
+
+    def bn_relu_max_pool_backward(
+        self, dout: Tensor, argmax: Tensor, a: Norm, window: Window, context: BNContext
+    ) -> tuple[Grad, Tensor, Tensor]:
+        """(dz, dgamma, dbeta) of BatchNorm under its ReLU and the pool; dz as in `bn_backward`."""
+
+    def avg_pool(self, a: Act, window: Window, count_include_pad: bool) -> Tensor:
+        """Averages of a's windows [N, C, P, Q], rounded once. window.dilation is (1, 1)."""
+
+    def avg_pool_backward(self, dout: Tensor, a: Act, window: Window, count_include_pad: bool) -> Tensor:
+        """The gradient of a, whose values do not matter."""
 
     def update_running(self, updates: Sequence[RunningUpdate]) -> None:
         """Update running mean, unbiased running variance and counters, without a device synchronisation.

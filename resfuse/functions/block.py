@@ -1,0 +1,229 @@
+"""Every residual block in one Function: chains, post-activation and pre-activation blocks, dense layers.
+
+    first = x, or relu(bn(x)) where a norm comes before the first convolution (pre-activation)
+    main  = the chain of convolutions from there
+    out   = the sum of main and a shortcut, activated or not
+
+Kept for backward: x (the block before wrote it), the raw outputs of the inner convolutions and, where out is rectified
+and cannot be told again from them, one bit for each of its values. `docs/math.md` derives each line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import dispatch
+from ..kernels.interface import Act, BNContext, BNGrad, Masked, Norm, Stats, Sum, Want, wide
+from . import branches, chain, composite
+from . import unit as units
+from .branches import GIVEN, IDENTITY, NOTHING, PADDED, PROJECTION, Inputs, Spec
+from .unit import KEEP, NONE, Gradients, Kept, Tensors
+
+
+class Saved(NamedTuple):
+    """What backward reads beside the arguments. mask uint8 [M, ceil(K/8)]; kept: for norm, units and shortcut."""
+
+    zs: tuple[Tensor, ...]
+    shortcut_z: Tensor | None
+    mask: Tensor | None
+    kept: tuple[Kept, ...]
+
+
+class BlockFunction(torch.autograd.Function):
+    """apply(spec, *tensors in the order of `Inputs`) -> out, or (out, mean, var) where spec.want_stats; the caller then
+    makes the updates in spec.pending.
+
+    Inputs are in storage dtype, of any strides. Weights may be of another dtype (autocast): they are cast here, and
+    their gradients come in their own.
+    """
+
+    @staticmethod
+    def forward(ctx, spec: Spec, *flat: Tensor | None):
+        inputs = Inputs.arrange(spec, flat)
+        x = inputs.parts[0]
+        k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            written, saved, stats = _forward(k, spec, inputs)
+            out = written.out.contiguous(memory_format=spec.out_layout)
+            if spec.want_stats:
+                stats_out = written.stats or k.bn_stats(out)
+            spec.pending.extend(
+                units.running_updates(spec.running, stats, (*inputs.norm, *inputs.units, *inputs.shortcut))
+            )
+        if spec.differentiable:
+            if inputs.gate is None:
+                inputs = inputs._replace(residual=None)  # its gradient needs no value of it
+            inputs = inputs._replace(mean=None, var=None)
+            kept = [t for unit in saved.kept for t in unit]
+            ctx.save_for_backward(*inputs.flat(), *saved.zs, saved.shortcut_z, saved.mask, *kept)
+            ctx.spec, ctx.kernels, ctx.sizes = spec, k, (len(flat), len(saved.zs))
+        if not spec.want_stats:
+            return out
+        ctx.mark_non_differentiable(*stats_out)
+        return out, *stats_out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor, *_):
+        spec, (arguments, zs) = ctx.spec, ctx.sizes
+        flat, rest = branches.split(ctx.saved_tensors, arguments)  # read once: hooks may recompute them
+        raw, (shortcut_z, mask, *kept) = branches.split(rest, zs)
+        inputs, needs = Inputs.arrange(spec, flat), Inputs.arrange(spec, ctx.needs_input_grad[1:])
+        saved = Saved(raw, shortcut_z, mask, branches.grouped(kept, Kept))
+        with torch.autocast(dout.device.type, enabled=False):
+            if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
+                passes = None
+                if spec.shortcut.kind == GIVEN and inputs.residual is None and mask is not None:
+                    passes = ctx.kernels.select(Masked(torch.ones_like(dout), mask))
+                return None, *composite.gradients(spec, inputs, needs, dout, passes)
+            return None, *_backward(ctx.kernels, spec, inputs, saved, dout, needs)
+
+
+def _forward(k, spec: Spec, inputs: Inputs):
+    dtype, norm_stats, norm_kept = inputs.parts[0].dtype, [], []
+    x = None
+    if spec.norm is None or spec.shortcut.kind in (IDENTITY, PADDED):
+        x = branches.joined(inputs.parts, spec.layout)
+    first = x
+    if spec.norm is not None:
+        measured = _input_stats(k, spec, inputs)
+        norm_kept = [units.normalise(k, spec.norm, inputs.norm[0], measured, wide(dtype))]
+        norm_stats = [measured]
+        first = _activated(k, spec, inputs.parts, norm_kept[0])
+    made = chain.forward(k, spec.units, inputs.units, first, dtype)
+    tensors = inputs.shortcut[0] if inputs.shortcut else None
+    source = first if spec.shortcut.kind == PROJECTION else x
+    residual, shortcut_stats, shortcut_kept = branches.shortcut_forward(
+        k, spec.shortcut, tensors, source, inputs.residual, spec.layout
+    )
+    want = Want(mask=spec.differentiable and _mask_needed(spec), stats=spec.want_stats)
+    written = branches.write(k, made.main, inputs.total(spec, residual), want)
+    beside = [(shortcut_stats, shortcut_kept)] if inputs.shortcut else []
+    kept = (*norm_kept, *made.kept, *(vectors for _, vectors in beside))
+    stats = (*norm_stats, *made.stats, *(measured for measured, _ in beside))
+    return written, Saved(made.zs, branches.kept_output(spec.shortcut, residual), written.mask, kept), stats
+
+
+def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: Inputs) -> tuple:
+    dout = dout.contiguous(memory_format=spec.layout)
+    norm_kept, kept, shortcut_kept = _kept_by_role(spec, saved.kept)
+    needs_x = any(needs.parts)
+    needs_first = needs_x or any(any(need) for need in needs.norm)
+    x = None
+    if spec.norm is None or (spec.shortcut.kind in (IDENTITY, PADDED) and inputs.gate is not None and needs.gate):
+        x = branches.joined(inputs.parts, spec.layout)
+    first = x if spec.norm is None else _activated(k, spec, inputs.parts, norm_kept)
+    tensors = inputs.shortcut[0] if inputs.shortcut else None
+    projection = spec.shortcut.kind == PROJECTION
+
+    main = residual = y = None
+    if inputs.gate is not None and needs.gate:
+        main = _main_again(k, spec, inputs, saved.zs, kept, first)
+        residual = branches.shortcut_again(
+            k, spec.shortcut, tensors, shortcut_kept, first if projection else x, inputs.residual, spec.layout
+        )
+    elif spec.relu and saved.mask is None:
+        y = k.prepare(Norm(saved.zs[-1], kept[-1].scale, kept[-1].shift))
+    g, beside, dgate = branches.sum_backward(k, spec, inputs, dout, saved.mask, main, residual)
+    del main, residual
+
+    source = first if projection else (inputs.parts[0] if x is None else x)
+    add, shortcut_found = branches.shortcut_backward(
+        k, spec.shortcut, tensors, shortcut_kept, beside, source, saved.shortcut_z,
+        needs_first if projection else needs_x, needs.shortcut[0] if needs.shortcut else None,
+    )
+    dresidual = None
+    if spec.shortcut.kind == GIVEN and needs.residual:
+        dresidual = (k.select(beside) if isinstance(beside, Masked) else beside).contiguous(memory_format=spec.layout)
+    into_first, into_x = (add, None) if projection or spec.norm is None else (None, add)
+    da, found = chain.backward(
+        k, spec.units, inputs.units, kept, saved.zs, first, g, y, into_first, needs_first, needs.units
+    )
+    norm_found = None
+    if spec.norm is not None:
+        norm_found = NONE
+        if needs_first:
+            pieces, norm_found = _norm_backward(k, spec, inputs, norm_kept, da, first)
+            if into_x is not None:
+                pieces = [chain.gathered(k, inputs.parts[0], pieces[0], into_x)]
+            dparts = [p.contiguous(memory_format=spec.out_layout) if needs_x else None for p in pieces]
+        else:
+            dparts = [None] * spec.parts
+    else:
+        dparts = branches.separated(da, inputs.parts, spec.out_layout)
+    return branches.gradients(dparts, dresidual, dgate, norm_found, found, shortcut_found)
+
+
+def _mask_needed(spec: Spec) -> bool:
+    """Whether backward cannot tell from what it has where out was rectified."""
+    return spec.relu and not (spec.shortcut.kind == NOTHING and spec.units[-1].form == KEEP)
+
+
+def _kept_by_role(spec: Spec, kept: Sequence[Kept]) -> tuple[Kept | None, Sequence[Kept], Kept | None]:
+    norm = 1 if spec.norm is not None else 0
+    last = norm + len(spec.units)
+    return (kept[0] if norm else None), kept[norm:last], (kept[last] if len(kept) > last else None)
+
+
+def _main_again(k, spec: Spec, inputs: Inputs, zs, kept: Sequence[Kept], first: Act):
+    """The main branch's recipe, in backward."""
+    last = len(spec.units) - 1
+    unit, t = spec.units[last], inputs.units[last]
+    a = chain.activation(k, last, first, zs, kept)
+    if unit.form == KEEP:
+        return units.recipe(unit, t, kept[last], a, zs[-1])
+    z = None if unit.form == units.COVARIANCE else units.raw(k, unit, t, a)
+    return units.recipe(unit, t, kept[last], units.sampled(a, unit.geometry.stride), z)
+
+
+# The norm before the first convolution ---------------------------------------------------------------------------
+
+
+def _input_stats(k, spec: Spec, inputs: Inputs) -> Stats | None:
+    if not spec.norm.batch:
+        return None
+    if inputs.mean is not None:
+        return Stats(inputs.mean, inputs.var)
+    parts = [k.bn_stats(part) for part in inputs.parts]
+    return parts[0] if len(parts) == 1 else Stats(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
+
+
+def _norms(parts: Sequence[Tensor], kept: Kept, layout: torch.memory_format) -> list[Norm]:
+    """relu(bn(.)) of each part."""
+    sizes = [part.shape[1] for part in parts]
+    vectors = zip(parts, kept.scale.split(sizes), kept.shift.split(sizes), strict=True)
+    return [Norm(part.contiguous(memory_format=layout), scale, shift) for part, scale, shift in vectors]
+
+
+def _activated(k, spec: Spec, parts: Sequence[Tensor], kept: Kept) -> Act:
+    """The parts side by side, normalised and rectified: of several a tensor, which nobody keeps."""
+    norms = _norms(parts, kept, spec.layout)
+    if len(norms) == 1:
+        return k.prepare(norms[0])
+    return torch.cat([k.apply(norm, Sum(), Want()).out for norm in norms], 1)
+
+
+def _norm_backward(
+    k, spec: Spec, inputs: Inputs, kept: Kept, da: Tensor, first: Act
+) -> tuple[list[Tensor], Gradients]:
+    t: Tensors = inputs.norm[0]
+    sizes = [part.shape[1] for part in inputs.parts]
+    gammas = [None] * len(sizes) if t.gamma is None else t.gamma.split(sizes)
+    pieces, dgammas, dbetas, begin = [], [], [], 0
+    for norm, size, mean, invstd, gamma in zip(
+        _norms(inputs.parts, kept, spec.layout), sizes, kept.mean.split(sizes), kept.invstd.split(sizes), gammas,
+        strict=True,
+    ):
+        dy, y = da, first
+        if len(sizes) > 1:
+            dy, y = da[:, begin : begin + size], first[:, begin : begin + size]
+        begin += size
+        dz, dgamma, dbeta = k.bn_backward(dy, y, norm.z, BNContext(mean, invstd, gamma, spec.norm.batch))
+        pieces.append(k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz)
+        dgammas.append(dgamma)
+        dbetas.append(dbeta)
+    dgamma, dbeta = (v[0] if len(v) == 1 else torch.cat(v) for v in (dgammas, dbetas))
+    return pieces, units.gradients(spec.norm, t, kept, None, dgamma, dbeta)
