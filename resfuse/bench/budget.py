@@ -16,8 +16,8 @@ GENEROUS = 3.0  # times the seconds that a job wants, at most, where there is pl
 
 @dataclass
 class Budget:
-    """Seconds, counted from its making. `pace`: the least of every compilation's time over what was planned for it,
-    and of 1: the first one starts a process's compilers besides, and says little of the others.
+    """Seconds, counted from its making. `pace`: 1, or the last compilation's time over what was planned for it where
+    that is less than half: then a cache is warm. Otherwise a block's compilation tells little of a network's.
 
     `rest` below: the jobs that are still to be measured, the present one first. Compilations are served before rounds,
     short ones before long ones, as long as that leaves the rounds half of what they want.
@@ -51,7 +51,8 @@ class Budget:
         )
 
     def compiled(self, job: Job, seconds: float) -> None:
-        self.pace = min(self.pace, seconds / job.compile_seconds)
+        pace = seconds / job.compile_seconds
+        self.pace = pace if pace < 0.5 else 1.0
 
     def rounds_time(self, rest: Sequence[Job]) -> float:
         """Seconds for the present job's rounds."""

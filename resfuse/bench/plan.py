@@ -71,7 +71,10 @@ def block_job(subject: str, mode: str, batch: int, compiled: bool) -> Job:
     case = CASES[subject]
     rows_an_image = replace(case, batch=1).rows
     enough = -(-16 * case.width // rows_an_image)  # with M >= 16 w, vectors a channel no longer count
-    return Job(subject, mode, batch, max(batch, enough), _names(compiled), 4.0, 20.0 if compiled else 0.0)
+    compile_seconds = 20.0 if compiled else 0.0
+    return Job(
+        subject, mode, batch, max(batch, enough), _names(compiled), 4.0, compile_seconds, gate_batch=min(batch, enough)
+    )
 
 
 def network_job(subject: str, mode: str, batch: int, compiled: bool, nchw: bool = False) -> Job:
