@@ -1,5 +1,6 @@
 """Residual blocks for PyTorch that train in about half the activation memory: `resfuse.fuse(model)`."""
 
+from . import blocks
 from ._version import __version__
 from .arguments import ArgumentError
 from .blocks.mixin import disabled
@@ -8,18 +9,11 @@ from .kernels.interface import Unsupported
 
 __all__ = [
     "ArgumentError", "BasicBlock", "Bottleneck", "FuseConfig", "FuseError", "Report", "Unsupported", "__version__",
-    "disabled", "explain", "fuse", "report", "unfuse",
+    "blocks", "disabled", "explain", "fuse", "report", "unfuse",
 ]
 
 
 def __getattr__(name: str):
-    # Subclasses of torchvision's, which is imported only when they are asked for.
-    if name == "Bottleneck":
-        from .blocks.bottleneck import Bottleneck
-
-        return Bottleneck
-    if name == "BasicBlock":
-        from .blocks.basic_block import BasicBlock
-
-        return BasicBlock
+    if name in ("BasicBlock", "Bottleneck"):  # subclasses of torchvision's, which is imported only when asked for
+        return getattr(blocks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -176,6 +176,9 @@ def _survey(
                 yield fqn, module, Reason("filtered", "filter_fn returned False")
             else:
                 yield fqn, module, plan.refusal(module)
+            for name, child in module.named_children() if plan.OWNS is not None else ():
+                if name not in plan.OWNS:
+                    yield from visit(child, f"{fqn}.{name}" if fqn else name, module)
         elif isinstance(module, nn.modules.conv._ConvNd):
             owner = type(parent).__name__
             yield fqn, module, Reason("no_plan", f"a convolution in {owner}, which has no fused form")
@@ -192,14 +195,15 @@ def _describe(model: nn.Module, survey: list[tuple[str, nn.Module, Reason | None
     for fqn, module in blocks:
         result.fused.append((fqn, type(module).__name__, _plan(module).forms(module)))
     result.skipped = [(fqn, *reason) for fqn, _, reason in survey if reason is not None]
-    if any(_is_nchw(conv) for _, module in blocks for conv in module.modules() if isinstance(conv, nn.Conv2d)):
+    inside = [inner for _, module in blocks for inner in plans.owned(_plan(module), module)]
+    if any(_is_nchw(conv) for conv in inside if isinstance(conv, nn.Conv2d)):
         result.notes.append(LAYOUT)
-    result.coverage = _coverage(model, [module for _, module in blocks], result.input_size)
+    result.coverage = _coverage(model, inside, result.input_size)
     return result
 
 
-def _coverage(model: nn.Module, blocks: list[nn.Module], input_size: tuple[int, ...]) -> float | None:
-    """Share of convolution multiply-adds inside `blocks`, from a forward of a copy without data, hooks or training."""
+def _coverage(model: nn.Module, inside: list[nn.Module], input_size: tuple[int, ...]) -> float | None:
+    """Share of convolution multiply-adds in `inside`, from a forward of a copy without data, hooks or training."""
     macs: Counter[int] = Counter()
     tensors = (*model.parameters(), *model.buffers())
     try:
@@ -219,8 +223,7 @@ def _coverage(model: nn.Module, blocks: list[nn.Module], input_size: tuple[int, 
     except Exception:  # a model may want other inputs, look at its data, or not be copied: then the share is unknown
         return None
     total = sum(macs.values())
-    inside = sum(macs[id(m)] for block in blocks for m in block.modules())
-    return inside / total if total else None
+    return sum(macs[id(module)] for module in inside) / total if total else None
 
 
 def _is_nchw(conv: nn.Conv2d) -> bool:

@@ -156,6 +156,9 @@ class Form(NamedTuple):
     kind: str
     rows: int | None = None
 
+    def __str__(self) -> str:
+        return self.kind if self.rows is None else f"{self.kind} from {self.rows} rows"
+
     def at(self, rows: int, batch: bool) -> str:
         """The form for a number of rows, with batch or constant statistics."""
         return RECOMPUTE if self.rows is not None and batch and rows < self.rows else self.kind

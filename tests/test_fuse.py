@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import resfuse
 from resfuse.kernels import dispatch
@@ -25,19 +25,27 @@ def batch(n=2, size=64):
     return torch.randn(n, 3, size, size)
 
 
-MODELS = ("resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d",
-          "wide_resnet50_2", "wide_resnet101_2")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
+           "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
+DENSENETS = ("densenet121", "densenet161", "densenet169", "densenet201")
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_bottleneck_of_torchvisions_resnets_is_fused(name):
+@pytest.mark.parametrize("name", RESNETS)
+def test_all_of_torchvisions_resnets_is_fused(name):
     with torch.device("meta"):
         model = getattr(torchvision.models, name)()
     report = resfuse.explain(model)
-    assert len(report.fused) == sum(isinstance(m, Bottleneck) for m in model.modules())
-    assert [(fqn, code) for fqn, code, _ in report.skipped] == [("conv1", "no_plan")]
-    assert report.coverage > 0.95
+    assert len(report.fused) == sum(isinstance(m, (Bottleneck, BasicBlock, ResNet)) for m in model.modules())
+    assert report.skipped == [] and report.coverage == 1
     assert not any(isinstance(m, resfuse.blocks.mixin.FusedMixin) for m in model.modules()), "explain changed it"
+
+
+@pytest.mark.parametrize("name", DENSENETS)
+def test_torchvisions_densenets_are_fused_but_for_their_stem(name):
+    with torch.device("meta"):
+        report = resfuse.explain(getattr(torchvision.models, name)())
+    assert [(fqn, code) for fqn, code, _ in report.skipped] == [("features.conv0", "no_plan")]
+    assert {kind for _, kind, _ in report.fused} == {"_DenseLayer", "_Transition"} and report.coverage > 0.94
 
 
 def test_fuse_is_in_place_idempotent_and_undone():
@@ -46,7 +54,7 @@ def test_fuse_is_in_place_idempotent_and_undone():
     classes = [type(m) for m in model.modules()]
     assert resfuse.fuse(resfuse.fuse(model)) is model
     fused = [m for m in model.modules() if isinstance(m, resfuse.blocks.mixin.FusedMixin)]
-    assert len(fused) == 5 and all(isinstance(m, Bottleneck) for m in fused)
+    assert [type(m).__name__ for m in fused] == ["ResNet"] + 5 * ["Bottleneck"]
     assert list(model.state_dict()) == keys and {id(p) for p in model.parameters()} == parameters
     assert resfuse.unfuse(model) is model
     assert [type(m) for m in model.modules()] == classes
@@ -105,10 +113,10 @@ def test_filter_fn_leaves_blocks_alone():
 
 
 def test_strict_raises_with_every_skip_and_changes_nothing():
-    model = small()
-    with pytest.raises(resfuse.FuseError, match="conv1 +no_plan"):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), small())
+    with pytest.raises(resfuse.FuseError, match="0 +no_plan"):
         resfuse.fuse(model, strict=True)
-    assert type(model.layer1[0]) is Bottleneck
+    assert type(model[1]) is ResNet and type(model[1].layer1[0]) is Bottleneck
     resfuse.fuse(nn.Sequential(Bottleneck(16, 4)), strict=True)
 
 
@@ -317,13 +325,14 @@ def test_layout_note_and_coverage():
     report = resfuse.report(resfuse.fuse(model))
     assert [note.code for note in report.notes] == ["layout_nchw"] and "channels_last" in str(report)
     assert not resfuse.report(model.to(memory_format=torch.channels_last)).notes
-    assert 0.9 < report.coverage < 1
+    assert report.coverage == 1
+    assert 0 < resfuse.explain(model, filter_fn=lambda m, fqn: fqn == "layer1.0").coverage < 0.5
     assert resfuse.explain(nn.Sequential(Bottleneck(16, 4)), input_size=(1, 16, 8, 8)).coverage == 1
     assert resfuse.explain(nn.Sequential(Bottleneck(16, 4))).coverage is None, "3 channels do not fit"
 
 
 def test_report_says_what_was_not_converted():
-    report = resfuse.report(small())
+    report = resfuse.report(nn.Sequential(nn.Conv2d(3, 3, 1), small()))
     assert not report.fused and {code for _, code, _ in report.skipped} == {"no_plan", "not_converted"}
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from .. import functional
 from ..arguments import ConvBN
 from ..kernels.interface import Reason
-from .mixin import Pair, pair_refusal, read_pair, wrapped
+from .mixin import Pair, pair_refusal, plain_refusal, read_pair, wrapped
 
 SHORTCUT = Pair("downsample.0", "downsample.1")
 
@@ -26,13 +26,11 @@ def refusal(block: nn.Module, main: tuple[Pair, ...]) -> Reason | None:
         reason = wrapped("downsample", downsample)
         if reason:
             return reason
-    if type(block.relu) is not nn.ReLU:
-        return Reason("module_type", f"relu is a {type(block.relu).__name__}, not nn.ReLU")
     pairs = pairs_of(block, main)
     norms = [pair.modules(block)[1] for pair in pairs]
     if len(set(map(id, norms))) < len(norms):
         return Reason("shared_norm", "one BatchNorm serves two convolutions, and would be updated once")
-    for reason in (wrapped("relu", block.relu), *(pair_refusal(block, pair) for pair in pairs)):
+    for reason in (plain_refusal("relu", block.relu, nn.ReLU), *(pair_refusal(block, pair) for pair in pairs)):
         if reason:
             return reason
     return None
@@ -49,9 +47,6 @@ def describe(block: nn.Module, main: tuple[Pair, ...]) -> str:
     names = (main[-1].conv, "downsample")
     text = []
     for name, form in zip(names, functional.forms(found[: len(main)], projection)[len(main) - 1 :], strict=False):
-        text.append(f"{name} {_form(form)}")
+        text.append(f"{name} {form}")
     return ", ".join(text)
 
-
-def _form(form: functional.Form) -> str:
-    return f"{form.kind} from {form.rows} rows" if form.rows is not None else form.kind

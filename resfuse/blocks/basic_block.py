@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import nn
 
@@ -11,9 +9,11 @@ from .. import functional
 from ..arguments import ConvBN
 from ..kernels.interface import Reason
 from . import _post_activation
-from .mixin import Pair, fused_class
+from .mixin import Pair, export
 
-TORCHVISION = "torchvision.models.resnet.BasicBlock"
+ORIGINALS = ("torchvision.models.resnet.BasicBlock",)
+LISTS = False  # of tensors side by side as input
+OWNS = None  # every child
 PAIRS = (Pair("conv1", "bn1"), Pair("conv2", "bn2"))
 
 
@@ -34,9 +34,5 @@ def forms(block: nn.Module) -> str:
     return _post_activation.describe(block, PAIRS)
 
 
-def __getattr__(name: str):
-    if name == "BasicBlock":
-        from torchvision.models.resnet import BasicBlock
-
-        return fused_class(BasicBlock, sys.modules[__name__])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> type[nn.Module]:
+    return export(name, __name__, ORIGINALS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from ..arguments import STORAGE_DTYPES, ArgumentError, ConvBN
+from ..arguments import BN, STORAGE_DTYPES, ArgumentError, Conv, ConvBN
 from ..kernels.interface import Reason
 
 NORMS = {
@@ -82,7 +83,8 @@ class FusedMixin:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return super().forward(x)
-        reason = call_refusal(x) or self.plan.refusal(self)
+        parts = x if type(x) is list and self.plan.LISTS else (x,)
+        reason = next(filter(None, map(call_refusal, parts)), None) or self.plan.refusal(self)
         if reason is None:
             try:
                 return self.plan.run(self, x, self.resfuse_state.backend)
@@ -123,19 +125,37 @@ def call_refusal(x) -> Reason | None:
 def pair_refusal(block: nn.Module, pair: Pair) -> Reason | None:
     """Why a convolution and its BatchNorm cannot be read and run from outside their modules."""
     conv, norm = pair.modules(block)
+    return conv_refusal(pair.conv, conv) or norm_refusal(pair.norm, norm)
+
+
+def conv_refusal(name: str, conv: nn.Module) -> Reason | None:
     if type(conv) is not nn.Conv2d:
-        return Reason("module_type", f"{pair.conv} is a {type(conv).__name__}, not nn.Conv2d")
+        return Reason("module_type", f"{name} is a {type(conv).__name__}, not nn.Conv2d")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return Reason("padding", f"{pair.conv} pads by {conv.padding_mode!r}, {conv.padding!r}; zeros by numbers only")
+        return Reason("padding", f"{name} pads by {conv.padding_mode!r}, {conv.padding!r}; zeros by numbers only")
+    return _inside_refusal(name, conv)
+
+
+def norm_refusal(name: str, norm: nn.Module) -> Reason | None:
     if norm_kind(type(norm)) is None:
-        return Reason("module_type", f"{pair.norm} is a {type(norm).__name__}, not nn.BatchNorm2d")
-    for name, module in ((pair.conv, conv), (pair.norm, norm)):
-        reason = wrapped(name, module)
-        if reason:
-            return reason
-        for parameter in module._parameters.values():
-            if type(parameter) not in PLAIN:
-                return Reason("parameter_type", f"a parameter of {name} is a {type(parameter).__name__}")
+        return Reason("module_type", f"{name} is a {type(norm).__name__}, not nn.BatchNorm2d")
+    return _inside_refusal(name, norm)
+
+
+def plain_refusal(name: str, module: nn.Module, cls: type) -> Reason | None:
+    """Why a module without parameters is not just its class's forward."""
+    if type(module) is not cls:
+        return Reason("module_type", f"{name} is a {type(module).__name__}, not nn.{cls.__name__}")
+    return wrapped(name, module)
+
+
+def _inside_refusal(name: str, module: nn.Module) -> Reason | None:
+    reason = wrapped(name, module)
+    if reason:
+        return reason
+    for parameter in module._parameters.values():
+        if type(parameter) not in PLAIN:
+            return Reason("parameter_type", f"a parameter of {name} is a {type(parameter).__name__}")
     return None
 
 
@@ -151,15 +171,24 @@ def wrapped(name: str, module: nn.Module) -> Reason | None:
 def read_pair(block: nn.Module, pair: Pair) -> ConvBN:
     """The pair's tensors and settings as they are now; nothing is cached between calls."""
     conv, norm = pair.modules(block)
+    gamma, beta, mean, var, tracked, eps, momentum, training = read_norm(norm)
+    return ConvBN(
+        conv.weight, gamma, beta, mean, var, tracked, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
+        eps, momentum, training,
+    )
+
+
+def read_conv(conv: nn.Module) -> Conv:
+    return Conv(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def read_norm(norm: nn.Module) -> BN:
     frozen = norm_kind(type(norm)) == "frozen"
     training = not frozen and norm.training
     buffers = (norm.running_mean, norm.running_var, None if frozen else norm.num_batches_tracked)
     if training and not norm.track_running_stats:
         buffers = (None, None, None)
-    return ConvBN(
-        conv.weight, norm.weight, norm.bias, *buffers, conv.bias, conv.stride, conv.padding, conv.dilation,
-        conv.groups, norm.eps, None if frozen else norm.momentum, training,
-    )
+    return BN(norm.weight, norm.bias, *buffers, norm.eps, None if frozen else norm.momentum, training)
 
 
 @cache
@@ -178,6 +207,15 @@ def fused_class(cls: type, plan) -> type:
     """The fused subclass of a block's class; the plan's module offers it under the class's own name."""
     namespace = {"plan": plan, "original": cls, "__module__": plan.__name__, "__doc__": cls.__doc__}
     return type(cls.__name__, (FusedMixin, cls), namespace)
+
+
+def export(name: str, plan: str, originals: tuple[str, ...]) -> type:
+    """A plan's module attribute: the fused class of one of its originals, whose library is imported for it."""
+    for original in originals:
+        module, _, own = original.rpartition(".")
+        if own == name:
+            return fused_class(getattr(importlib.import_module(module), name), sys.modules[plan])
+    raise AttributeError(f"module {plan!r} has no attribute {name!r}")
 
 
 def original_class(cls: type) -> type:

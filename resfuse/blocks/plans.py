@@ -1,17 +1,37 @@
 """Which module classes have a fused form: matched by exact qualified name, their libraries never imported here.
 
-A plan is a module of this package with `refusal(block)`, `convs(block)`, `run(block, x, backend)` and `forms(block)`.
+A plan is a module of this package with
+    ORIGINALS               the qualified names of the classes
+    LISTS                   whether its input may be a list of tensors
+    OWNS                    the children that it runs itself, None for all; the others are surveyed as ever
+    refusal(block)          why the block must run its original forward, or None
+    run(block, x, backend)  the fused forward
+    forms(block)            what `explain` says of it
+and, as attributes of the originals' names, the fused classes.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from . import basic_block, bottleneck
+from torch import nn
+
+from . import basic_block, bn_relu, bottleneck, conv_bn_relu, dense_layer, residual_block, stem, transition
 from .mixin import qualified_name
 
-PLANS: dict[str, ModuleType] = {plan.TORCHVISION: plan for plan in (basic_block, bottleneck)}
+PLANS: dict[str, ModuleType] = {
+    original: plan
+    for plan in (basic_block, bn_relu, bottleneck, conv_bn_relu, dense_layer, residual_block, stem, transition)
+    for original in plan.ORIGINALS
+}
 
 
 def plan_for(cls: type) -> ModuleType | None:
     return PLANS.get(qualified_name(cls))
+
+
+def owned(plan: ModuleType, module: nn.Module) -> list[nn.Module]:
+    """The modules that the plan runs itself, with all that is in them."""
+    if plan.OWNS is None:
+        return list(module.modules())
+    return [inner for name in plan.OWNS for inner in module.get_submodule(name).modules()]
