@@ -8,7 +8,7 @@ import torch
 
 from resfuse.bench.implementations import EAGER, RESFUSE
 from resfuse.bench.workloads import make
-from resfuse.testing.cases import STAGES
+from resfuse.testing.cases import FAMILY, PROJECTIONS, STAGES
 from resfuse.testing.environment import environment
 from resfuse.testing.memory import peak_bytes, saved_bytes
 
@@ -17,7 +17,7 @@ BATCH = 64 if DEVICE.type == "cuda" else 2
 
 
 @pytest.mark.parametrize("implementation", [EAGER, RESFUSE], ids=lambda each: each.name)
-@pytest.mark.parametrize("case", STAGES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*STAGES, *PROJECTIONS, *FAMILY], ids=lambda case: case.name)
 def test_train_step(case, implementation, benchmark):
     workload = make(case.name, "float32", BATCH, DEVICE)
     runner = workload.runner(implementation)

@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 
 import resfuse
-from resfuse.bench import command, gate, verify
+from resfuse.bench import command, gate, info, verify
 from resfuse.bench.implementations import EAGER, IMPLEMENTATIONS, RESFUSE, Implementation
 from resfuse.bench.photographs import photographs
 from resfuse.bench.plan import Job, Plan, fit, plan
 from resfuse.bench.results import write_json
+from resfuse.kernels.interface import PRIMITIVES, Reason
 
 ROOT = Path(__file__).parents[1]
 SMALL_PLAN = Plan(6.0, tuple(
@@ -131,7 +132,16 @@ def test_training_that_strays_is_seen():
 def test_info_says_what_runs(capsys):
     assert command.main(["info"]) == 0
     text = capsys.readouterr().out
-    assert torch.__version__ in text and "eager (" in text
+    assert torch.__version__ in text and "Bottleneck" in text and f"{len(PRIMITIVES)} of {len(PRIMITIVES)}" in text
+
+
+def test_info_says_what_is_missing_and_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(info._native, "unavailable", lambda: (Reason("native_missing", "`pip install` builds it"),))
+    monkeypatch.setattr(info, "WANTED", (("no_such_module", "nothing", "such-a-package"),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = dict(info.missing(torch.device("cpu")))
+    assert {"native_missing", "gpu_missing", "package_missing"} <= set(found)
+    assert found["package_missing"].endswith("pip install such-a-package")
 
 
 def gpu_command(*arguments):

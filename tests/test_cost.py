@@ -1,7 +1,9 @@
 """The static cost model."""
 
 import pytest
+import units
 
+from resfuse import functional
 from resfuse.functions import cost
 
 
@@ -19,6 +21,29 @@ def test_wide_products_are_a_limited_share_of_the_block():
     macs = 10**7
     rows = cost.covariance_rows(1024, 4096, macs)
     assert rows > 4 * 1024 and 2 * 4096 * 1024**2 == pytest.approx(cost.PRODUCTS_SHARE * 3 * macs * rows, rel=1e-3)
+
+
+def test_a_strided_blocks_first_convolution_counts_for_every_pixel_it_makes():
+    """1024 -> 2048 at stride 2: conv1 makes four rows for each of the output's."""
+    convs = [units.conv_bn(64, 64, 1), units.conv_bn(64, 64, 3), units.conv_bn(64, 512, 1)]
+    strided = [convs[0], convs[1]._replace(stride=(2, 2)), convs[2]]
+    macs = [64 * 64 * steps + 9 * 64 * 64 + 64 * 512 for steps in (1, 4)]
+    found = [functional.forms(c, None)[2].rows for c in (convs, strided)]
+    assert found == [cost.covariance_rows(64, 512, m) for m in macs] and found[0] > found[1] > 4 * 64
+
+
+def test_forms_of_the_family():
+    def kinds(convs, shortcut=None):
+        return [form.kind for form in functional.forms(convs, shortcut)]
+
+    three, wide, narrow = units.conv_bn(8, 8, 3), units.conv_bn(8, 32), units.conv_bn(32, 8)
+    assert kinds([three, three], units.conv_bn(8, 8)) == ["keep", "keep", "covariance"]
+    assert kinds([narrow]) == ["keep"] and kinds([wide]) == ["covariance"]
+    assert kinds([units.conv_bn(8, 32, groups=2)]) == ["recompute"]
+    assert kinds([three, units.conv(8, 8)]) == ["keep", "covariance"], "no BatchNorm: no statistics, no product stored"
+    assert kinds([three, units.conv(8, 8, 3)]) == ["keep", "linear"]
+    form = functional.forms([three, wide], None)[1]
+    assert form.at(form.rows, True) == "covariance" == form.at(1, False) and form.at(form.rows - 1, True) == "recompute"
 
 
 def test_only_widening_pointwise_convolutions_have_the_form():

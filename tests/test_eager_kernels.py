@@ -12,12 +12,14 @@ from resfuse.kernels.interface import (
     Geometry,
     Masked,
     Norm,
+    Padded,
     RunningUpdate,
     Second,
     Stats,
     Strided,
     Sum,
     Want,
+    Window,
 )
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -262,6 +264,83 @@ def test_expand_and_apply(kind, shape, dtype):
     close(matrix(out), expected.relu(), dtype)
     check_mask(out, mask)
     close(matrix(primitive("apply")(main, Sum(residual, relu=False), Want()).out), expected, dtype)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "norm", "second", "padded"])
+def test_weighed_sums(kind, shape, dtype):
+    """scale * (gate * row_scale * main + (1 - gate) * residual), by both primitives that write sums."""
+    channels = 11
+    out_shape = (shape[0], channels, *shape[2:])
+    if kind == "padded":
+        x = activation(shape[0], 5, *shape[2:], dtype=dtype, seed=26)
+        residual, value = Padded(x, 2, channels), torch.nn.functional.pad(matrix(x), (2, 4))
+    else:
+        residual, value = residuals(out_shape, dtype)[kind]
+    main, _ = norm_of(out_shape, dtype)
+    linear = matrix(main.z) * main.scale.double() + main.shift.double()
+    recipe, y = norm_of(shape, dtype)
+    w, scale, shift = weight(channels, shape[1], dtype), vector(channels, dtype, 4), vector(channels, dtype, 5)
+    product = y @ w.double().T * scale.double() + shift.double()
+    row_scale = torch.rand(shape[0], dtype=main.scale.dtype) * 2
+    rows = row_scale.double().repeat_interleave(shape[2] * shape[3])[:, None]
+    gate = torch.rand(out_shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    t = matrix(gate)
+    for total, expected in (
+        (Sum(residual, relu=False, scale=0.6), lambda m: 0.6 * (m + value)),
+        (Sum(residual, row_scale=row_scale), lambda m: (rows * m + value).relu()),
+        (Sum(residual, scale=2.0, gate=gate), lambda m: (2 * (t * m + (1 - t) * value)).relu()),
+        (Sum(residual, False, 0.5, row_scale, gate), lambda m: 0.5 * (t * rows * m + (1 - t) * value)),
+    ):
+        written = primitive("apply")(main, total, Want(mask=True))
+        close(matrix(written.out), expected(linear), dtype)
+        check_mask(written.out, written.mask)
+        written = primitive("expand")(recipe, w, scale, shift, total, Want())
+        close(matrix(written.out), expected(product), dtype)
+
+
+def test_select(shape, dtype):
+    dout, factors = activation(*shape, dtype=dtype), torch.rand(shape[0]) + 0.5
+    passed = activation(*shape, seed=8) > 0
+    mask = torch.zeros(matrix(dout).shape[0], -(-shape[1] // 8), dtype=torch.uint8)
+    _rows.pack_mask(matrix(passed) > 0, mask)
+    rows = factors.double().repeat_interleave(shape[2] * shape[3])[:, None]
+    kept = torch.where(matrix(passed) > 0, matrix(dout), 0)
+    close(matrix(primitive("select")(Masked(dout, mask))), kept, dtype)
+    close(matrix(primitive("select")(Masked(dout, mask, factors.to(vector(1, dtype)), 0.5))), 0.5 * rows * kept, dtype)
+    close(matrix(primitive("select")(Masked(dout, None, None, 3.0))), 3 * matrix(dout), dtype)
+
+
+def test_select_masks_infinities_and_passes_nan():
+    dout = torch.tensor([float("inf"), float("nan"), 1.0]).view(1, 3, 1, 1)
+    found = primitive("select")(Masked(dout, torch.tensor([[0b110]], dtype=torch.uint8), None, 2.0)).flatten()
+    assert found[0] == 0 and found[1].isnan() and found[2] == 2
+
+
+WINDOWS = [Window((3, 3), (2, 2), (1, 1)), Window((2, 3), (1, 2), (0, 1), (1, 1), True), Window((2, 2), (2, 2))]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=["stem", "ceil", "even"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_pools(window, channels_last, dtype):
+    """Forward and backward as torch's own on the stored activation; the places fit a byte."""
+    recipe, y = norm_of((2, 7, 9, 6), dtype)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    recipe = recipe._replace(z=recipe.z.contiguous(memory_format=layout))
+    stored = primitive("prepare")(recipe).requires_grad_()
+    expected = torch.nn.functional.max_pool2d(stored, *window)
+    out, argmax = primitive("bn_relu_max_pool")(recipe, window)
+    assert torch.equal(out, expected) and argmax.dtype == torch.uint8 and argmax.max() < window.size[0] * window.size[1]
+    dout = activation(*out.shape, dtype=dtype, seed=3).contiguous(memory_format=layout)
+    (dy,) = torch.autograd.grad(expected, stored, dout)
+    context = BNContext(vector(7, dtype, 1), vector(7, dtype, 2).abs(), vector(7, dtype, 6), True)
+    found = primitive("bn_relu_max_pool_backward")(dout, argmax, recipe, window, context)
+    for ours, theirs in zip(found, primitive("bn_backward")(dy, recipe, recipe.z, context), strict=True):
+        assert torch.equal(ours, theirs)
+    size, stride, padding, _, ceil_mode = window
+    average = torch.nn.functional.avg_pool2d(stored, size, stride, padding, ceil_mode, False)
+    assert torch.equal(primitive("avg_pool")(recipe, window, False), average)
+    (da,) = torch.autograd.grad(average, stored, dout)
+    assert torch.equal(primitive("avg_pool_backward")(dout, recipe, window, False), da)
 
 
 def check_mask(out, mask):

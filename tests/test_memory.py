@@ -2,13 +2,16 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 import resfuse
-from resfuse.testing.cases import BottleneckCase, make_block, make_input
+from resfuse.blocks import modules
+from resfuse.testing.cases import CASES, BottleneckCase, dense_layer, make_block, make_input
 from resfuse.testing.memory import saved_bytes
 
 # Identity blocks at the four stages' channels with M = 16 w rows, the fewest that the promise speaks of.
@@ -53,16 +56,70 @@ def test_eager_keeps_twelve():
     assert units(STAGES[0], make_block(STAGES[0]), torch.float32) == pytest.approx(12, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 0.55), (torch.bfloat16, 0.51)], ids=str)
-def test_resnet50_batch_8(dtype, limit):
-    """224 px, stem and head included (they are still eager)."""
-    eager = torchvision.models.resnet50().to(memory_format=torch.channels_last)
-    x = torch.randn(8, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+NETWORKS = [("resnet50", FLOAT32, 0.49), ("resnet50", BFLOAT16, 0.45), ("densenet121", FLOAT32, 0.45),
+            ("densenet121", BFLOAT16, 0.45), ("resnet18", FLOAT32, 0.64)]
+
+
+@pytest.mark.parametrize("name, dtype, limit", NETWORKS, ids=str)
+def test_networks(name, dtype, limit):
+    """224 px, stem and head included; ResNets at batch 8."""
+    eager = getattr(torchvision.models, name)().to(memory_format=torch.channels_last)
+    x = torch.randn(2 if name == "densenet121" else 8, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     kept = []
     for model in (eager, resfuse.fuse(copy.deepcopy(eager))):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             kept.append(saved_bytes(lambda model=model: model(x), model))
     assert kept[1] <= limit * kept[0]
+
+
+# Units of the block's own [M, w] tensor, x left out: what is kept, and what eager keeps.
+BITS = {torch.float32: 1 / 32, torch.bfloat16: 1 / 16}
+FAMILY_UNITS = {
+    "basic-stage1": (3, 4, 1),  # z1, z2, out, a bit for each of its values; eager: z1, y1, z2, out
+    "preact-stage1": (6, 12, 0),  # z1, z2, out; eager: y1, z1, y2, z2, y3 and out
+    "preact-basic-stage2": (2, 4, 0),  # z1, out; eager: y1, z1, y2, out
+}
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+@pytest.mark.parametrize("name", FAMILY_UNITS)
+def test_the_familys_blocks(name, dtype):
+    ours, theirs, masks = FAMILY_UNITS[name]
+    case = replace(CASES[name], batch=2)
+    assert units(case, resfuse.fuse(make_block(case)), dtype) == pytest.approx(ours + masks * BITS[dtype], rel=0.02)
+    if dtype == torch.float32:  # under autocast eager keeps cast weights too
+        assert units(case, make_block(case), dtype) == pytest.approx(theirs, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_the_stem_keeps_at_most_half(dtype):
+    """Of what it makes: the image is kept by the convolution either way."""
+    case = replace(CASES["stem"], batch=2)
+    assert units(case, resfuse.fuse(make_block(case)), dtype) <= 0.5 * units(case, make_block(case), dtype)
+
+
+def test_dense_layers_keep_features_once():
+    """Three layers on one list: every feature once, and each layer's narrow product; no concatenation."""
+    layers = nn.Sequential(*(dense_layer(64 + 16 * i, 16) for i in range(3)))
+    resfuse.fuse(layers)
+    x = torch.randn(2, 64, 28, 28).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def forward():
+        features = [x]
+        for layer in layers:
+            features.append(layer(features))
+        return features
+
+    plane = 4 * 2 * 28 * 28
+    assert saved_bytes(forward, layers, [x]) == pytest.approx(3 * (16 + 64) * plane, rel=0.02)
+
+
+def test_side_by_side_inputs_are_not_copied():
+    block = resfuse.fuse(modules.ConvBNReLU(24, 8))
+    parts = [torch.randn(2, c, 28, 28).requires_grad_() for c in (16, 8)]
+    assert saved_bytes(lambda: block(parts), block, parts) == pytest.approx(2 * 2 * 8 * 28 * 28 * 4, rel=0.02)
 
 
 def test_a_block_whose_products_would_cost_too_much_keeps_no_more():

@@ -1,13 +1,18 @@
 """Errors against float64 within the project's tolerance rule, beside eager's own, in every storage dtype."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import resfuse
 from resfuse.testing.cases import (
     CASES,
+    FAMILY,
     PROJECTIONS,
+    RELATIVES,
     SMALL,
+    SMALL_FAMILY,
     STAGES,
     BottleneckCase,
     make_block,
@@ -34,6 +39,19 @@ def test_small_blocks_without_kinks(case, mode, device):
     check_case(case, fuse, MODES[mode], device=device, kinks=False)
 
 
+@pytest.mark.gate
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", SMALL_FAMILY, ids=lambda case: case.name)
+def test_the_small_family_without_kinks(case, mode, device):
+    check_case(case, fuse, MODES[mode], device=device, kinks=False)
+
+
+@pytest.mark.parametrize("mode", ["float32", "autocast-bfloat16"])
+@pytest.mark.parametrize("case", SMALL_FAMILY[:2], ids=lambda case: case.name)
+def test_small_basic_blocks(case, mode, device):
+    check_case(case, fuse, MODES[mode], device=device)
+
+
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast-float16"])
 @pytest.mark.parametrize("name", ["small-identity", "small-strided", "small-bias"])
 def test_small_blocks_in_eval_mode(name, mode, device):
@@ -47,7 +65,7 @@ def test_nchw(mode, device):
 
 def sized(case, batch):
     """The case at a smaller resolution: its channels, a few hundred rows."""
-    return case.__class__(**{**case.__dict__, "batch": batch, "height": 14 if case.height > 14 else case.height})
+    return replace(case, batch=batch, height=min(case.height, 14))
 
 
 STAGE_SHAPES = [sized(case, 2) for case in (*STAGES, *PROJECTIONS)]
@@ -60,10 +78,17 @@ def test_stage_channels_in_float32(case, device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", [c for c in CASES.values() if c not in SMALL], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*STAGES, *PROJECTIONS, *RELATIVES], ids=lambda case: case.name)
 def test_stage_shapes(case, mode, device):
-    case = case.__class__(**{**case.__dict__, "batch": 2 if device == "cpu" else 16})
-    check_case(case, fuse, MODES[mode], device=device)
+    check_case(replace(case, batch=2 if device == "cpu" else 16), fuse, MODES[mode], device=device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", FAMILY, ids=lambda case: case.name)
+def test_the_familys_shapes(case, mode, device):
+    case = replace(case, batch=2 if device == "cpu" else 16)
+    check_case(case, fuse, MODES[mode], range(5), device=device, kinks=False)
 
 
 def test_small_gradients_in_float16(device):

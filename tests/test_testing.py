@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from resfuse.testing import tolerances
-from resfuse.testing.cases import CASES, SMALL, make_block, make_gradient, make_input
+from resfuse.testing.cases import (
+    CASES,
+    PROJECTIONS,
+    RELATIVES,
+    SMALL,
+    SMALL_FAMILY,
+    STAGES,
+    make_block,
+    make_gradient,
+    make_input,
+)
 from resfuse.testing.comparison import MODES, compare_case
 from resfuse.testing.memory import peak_bytes, saved_bytes
 from resfuse.testing.timing import interleave, median_interval, ratio, summary
@@ -113,7 +123,7 @@ def test_summaries_and_intervals():
     assert (low, high) == (2.0, 9.0) and coverage == pytest.approx(1 - 22 / 1024)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*STAGES, *PROJECTIONS, *RELATIVES, *SMALL], ids=lambda case: case.name)
 def test_blocks_have_their_cases_shapes(case):
     with torch.device("meta"):
         block = make_block(case, device="meta")
@@ -122,7 +132,7 @@ def test_blocks_have_their_cases_shapes(case):
     assert (block.downsample is not None) == case.projection
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SMALL, *SMALL_FAMILY], ids=lambda case: case.name)
 def test_inputs_and_gradients_fit(case):
     block, x, dout = make_block(case, 1), make_input(case, seed=1), make_gradient(case, seed=1)
     assert block(x).shape == dout.shape == case.output_shape

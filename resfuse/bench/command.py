@@ -12,9 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..testing.environment import environment
-from . import plot, tables, verify
-from .implementations import IMPLEMENTATIONS, Implementation, choice
+from . import info, plot, tables, verify
+from .implementations import IMPLEMENTATIONS, Implementation
 from .plan import Plan, plan
 from .run import run
 
@@ -41,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--json", type=Path, metavar="PATH", help="results file")
     training.add_argument("--png", type=Path, metavar="PATH", help="figure of the loss curves")
 
-    info = commands.add_parser("info", help="versions, device, native library, kernel sets")
-    for command in (bench, training, info):
+    facts = commands.add_parser("info", help="device, versions, kernel sets, what is missing and how to get it")
+    for command in (bench, training, facts):
         command.add_argument(
             "--device", type=torch.device, default=_default_device(), help="default: cuda if there is one"
         )
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify.show(found, console)
         verify.write(found, options.json, options.png)
         return 0 if found.passed else 1
-    info(options.device, console)
+    info.show(options.device, console)
     return 0
 
 
@@ -93,28 +92,6 @@ def bench(
         written.append(png_path)
     console.print(f"{results.seconds:.0f} s; wrote {' and '.join(map(str, written))}", highlight=False)
     return 0 if results.gate_passed and not any(note.code == "failed" for note in results.notes) else 1
-
-
-def info(device: torch.device, console: Console) -> None:
-    """Versions and device, the native library's build facts, and which kernel set serves which primitive."""
-    from .. import _native
-    from ..kernels import dispatch
-
-    for name, value in environment(device).items():
-        console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
-    for reason in _native.unavailable():
-        console.print(f"native library: {reason.code}: {reason.text}", highlight=False, soft_wrap=True)
-    for name, value in _native.build_facts().items():
-        console.print(f"native {name}: {value}", highlight=False, soft_wrap=True)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        chosen = choice(device, dtype)
-        sets = ", ".join(
-            f"{name} ({', '.join(p for p in chosen if chosen[p] == name)})" for name in dict.fromkeys(chosen.values())
-        )
-        console.print(f"kernels for {dtype} on {device.type}: {sets}", highlight=False, soft_wrap=True)
-        for name in dispatch.ORDER:
-            for reason in dispatch.missing(name, device.type, dtype):
-                console.print(f"  {name} alone: {reason.code}: {reason.text}", highlight=False, soft_wrap=True)
 
 
 def _positive(text: str) -> float:

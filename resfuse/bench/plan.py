@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..testing.cases import CASES, PROJECTIONS, RELATIVES, STAGES
+from ..testing.cases import CASES, FAMILY, PROJECTIONS, RELATIVES, STAGES
 from .implementations import COMPILE, EAGER, EAGER_NCHW, RESFUSE
 from .workloads import NETWORKS, make
 
@@ -46,7 +46,7 @@ class Plan:
 
 
 def plan(device: torch.device | str, extent: str = "default", budget: float | None = None) -> Plan:
-    """extent: "quick" (two stages, no torch.compile), "default", or "full" (torch.compile and relatives everywhere).
+    """extent: "quick" (two stages, no torch.compile), "default", or "full" (the whole family, compiled too).
 
     torch.compile is slow to compile on few cores: by default it meets stage 1 and ResNet-50 in bfloat16 alone.
     """
@@ -55,7 +55,7 @@ def plan(device: torch.device | str, extent: str = "default", budget: float | No
     cases = {
         "quick": (STAGES[0], STAGES[2]),
         "default": (*STAGES, PROJECTIONS[1]),
-        "full": (*STAGES, *PROJECTIONS, *RELATIVES),
+        "full": (*STAGES, *PROJECTIONS, *RELATIVES, *FAMILY),
     }[extent]
     jobs = []
     for mode in ("float32", "autocast-bfloat16"):
@@ -64,7 +64,9 @@ def plan(device: torch.device | str, extent: str = "default", budget: float | No
             jobs.append(block_job(case.name, mode, batch, compiled))
     jobs.append(network_job("resnet50", "float32", batch, full, nchw=True))
     jobs.append(network_job("resnet50", "autocast-bfloat16", batch, not quick))
-    return Plan(budget or {"quick": 90.0, "default": 270.0, "full": 2400.0}[extent], tuple(jobs))
+    for name in ("resnet18", "densenet121") if full else ():
+        jobs += [network_job(name, mode, batch, True) for mode in ("float32", "autocast-bfloat16")]
+    return Plan(budget or {"quick": 90.0, "default": 270.0, "full": 4800.0}[extent], tuple(jobs))
 
 
 def block_job(subject: str, mode: str, batch: int, compiled: bool) -> Job:

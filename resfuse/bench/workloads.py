@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +29,14 @@ class Network:
     size: int
 
 
-def _resnet50() -> nn.Module:
-    from torchvision.models import resnet50
+def _torchvision(name: str) -> nn.Module:
+    from torchvision import models
 
-    return resnet50()
+    return getattr(models, name)()
 
 
 NETWORKS = {
-    "resnet50": Network(_resnet50, 224),
+    **{name: Network(partial(_torchvision, name), 224) for name in ("resnet50", "resnet18", "densenet121")},
     "small-resnet": Network(lambda: small_resnet(in_channels=3, classes=CLASSES), 32),
 }
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .cases import BottleneckCase, make_block, make_gradient, make_input
+from .cases import Case, make_block, make_gradient, make_input
 from .tolerances import check, relative_error
 
 Fuse = Callable[[nn.Module], nn.Module]
@@ -83,7 +83,7 @@ def compare(block: nn.Module, x: Tensor, dout: Tensor, fuse: Fuse, mode: Mode) -
 
 
 def compare_case(
-    case: BottleneckCase,
+    case: Case,
     fuse: Fuse,
     mode: Mode,
     seeds: Iterable[int] = range(10),
@@ -107,7 +107,7 @@ def compare_case(
 
 
 def check_case(
-    case: BottleneckCase, fuse: Fuse, mode: Mode, seeds: Iterable[int] = range(10), *, kinks: bool = True, **options
+    case: Case, fuse: Fuse, mode: Mode, seeds: Iterable[int] = range(10), *, kinks: bool = True, **options
 ) -> None:
     """Raise AssertionError, naming case and result, unless every result passes the tolerance rule.
 
@@ -119,8 +119,10 @@ def check_case(
 
 
 def _near_kink(twin: nn.Module, x: Tensor) -> Tensor:
-    """Where the input of the block's last ReLU, of rms r, is below KINK * r: bool [output's shape]. No statistics
-    advance."""
+    """Where the input of the block's last ReLU, of rms r, is below KINK * r: bool [output's shape], or False of a block
+    without a ReLU module of its own. No statistics advance."""
+    if not isinstance(getattr(twin, "relu", None), nn.ReLU):
+        return torch.tensor(False)
     seen = []
     handle = twin.relu.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].clone()))
     statistics = {name: b.clone() for name, b in twin.named_buffers()}
