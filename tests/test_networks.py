@@ -31,6 +31,7 @@ NETWORKS = {"basic": resnet, "bottleneck": lambda: resnet(Bottleneck), "densenet
 OWN = {
     "ConvBNReLU": lambda: (modules.ConvBNReLU(6, 9, 3, stride=2), 6),
     "ConvBNReLU wide": lambda: (modules.ConvBNReLU(6, 24, 1, bias=True, relu=False), 6),
+    "Chain": lambda: (modules.Chain(modules.ConvBNReLU(6, 4), modules.ConvBNReLU(4, 9, 1, relu=False)), 6),
     "BNReLU": lambda: (modules.BNReLU(6), 6),
     "Stem": lambda: (modules.Stem(3, 8), 3),
     "basic": lambda: (modules.ResidualBlock(8, 8), 8),
@@ -123,6 +124,17 @@ def test_bad_shortcuts_are_named():
         modules.ResidualBlock(8, 12, shortcut="identity")
     with pytest.raises(ValueError, match="gated needs"):
         modules.ResidualBlock(8, 12, gated=True)
+
+
+def test_a_chain_takes_a_list_and_what_it_does_not_fuse_runs():
+    chain = blocks.Chain(blocks.ConvBNReLU(7, 4), modules.ConvBNReLU(4, 5)).eval()
+    parts = [torch.randn(2, c, 6, 6) for c in (3, 4)]
+    out = chain(parts)
+    assert not chain.resfuse_state.fallbacks and torch.allclose(out, chain(torch.cat(parts, 1)), atol=1e-6)
+    chain[0].relu = False
+    assert not torch.allclose(chain(parts), out) and list(chain.resfuse_state.fallbacks) == ["children"]
+    with pytest.raises(TypeError, match="a Chain is of ConvBNReLU, got Conv2d"):
+        blocks.Chain(nn.Conv2d(3, 3, 1))
 
 
 # Stem ----------------------------------------------------------------------------------------------------------------

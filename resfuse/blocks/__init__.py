@@ -1,7 +1,7 @@
 """Drop-in blocks: modules with a fused forward, the same parameters, keys and constructors as their originals.
 
 torchvision's BasicBlock, Bottleneck, ResNet, DenseLayer and Transition (imported when asked for), and our own
-ConvBNReLU, BNReLU, Stem, ResidualBlock, PreActBlock and PreActBottleneck (`modules.py`).
+ConvBNReLU, Chain, BNReLU, Stem, ResidualBlock, PreActBlock and PreActBottleneck (`modules.py`).
 """
 
 import importlib
@@ -13,6 +13,7 @@ _PLANS = {
     "DenseLayer": ("dense_layer", "_DenseLayer"),
     "Transition": ("transition", "_Transition"),
     "ConvBNReLU": ("conv_bn_relu", "ConvBNReLU"),
+    "Chain": ("chain", "Chain"),
     "BNReLU": ("bn_relu", "BNReLU"),
     "Stem": ("bn_relu", "Stem"),
     "ResidualBlock": ("residual_block", "ResidualBlock"),

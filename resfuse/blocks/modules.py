@@ -35,6 +35,17 @@ class ConvBNReLU(nn.Module):
         return F.relu(out) if self.relu else out
 
 
+class Chain(nn.Sequential):
+    """ConvBNReLUs in a row, the first of a tensor or of several side by side: fused, nothing but the raw outputs of the
+    convolutions is kept between them."""
+
+    def __init__(self, *layers: ConvBNReLU):
+        for layer in layers:
+            if not isinstance(layer, ConvBNReLU):
+                raise TypeError(f"a Chain is of ConvBNReLU, got {type(layer).__name__}")
+        super().__init__(*layers)
+
+
 class BNReLU(nn.Module):
     """BatchNorm and ReLU: the end of a pre-activation network."""
 
