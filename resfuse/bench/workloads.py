@@ -35,8 +35,12 @@ def _torchvision(name: str) -> nn.Module:
     return getattr(models, name)()
 
 
+TORCHVISION = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
+    "wide_resnet50_2", "densenet121", "densenet169",
+)
 NETWORKS = {
-    **{name: Network(partial(_torchvision, name), 224) for name in ("resnet50", "resnet18", "densenet121")},
+    **{name: Network(partial(_torchvision, name), 224) for name in TORCHVISION},
     "small-resnet": Network(lambda: small_resnet(in_channels=3, classes=CLASSES), 32),
 }
 
