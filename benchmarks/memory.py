@@ -1,5 +1,5 @@
-"""What a training step keeps for backward, by family: python benchmarks/memory.py [--out FILE] writes results,
-python benchmarks/memory.py --table FILE prints docs/memory.md's table from them.
+"""What a training step keeps for backward, by family: python -m benchmarks.memory [--out FILE] writes results,
+python -m benchmarks.memory --table FILE prints docs/memory.md's table from them.
 
 Bytes of unique storages that autograd keeps between forward and backward, parameters and buffers left out: a count, the
 same on every machine. Batch 8, 224 px, channels_last.
@@ -62,7 +62,7 @@ def main() -> int:
         for mode in MODES:
             rows.append(measure(subject, mode))
             print(subject, mode, f"{rows[-1]['resfuse'] / rows[-1]['eager']:.3f}", flush=True)
-    write_json(options.out, {"command": "python benchmarks/memory.py", "environment": environment(), "memory": rows})
+    write_json(options.out, {"command": "python -m benchmarks.memory", "environment": environment(), "memory": rows})
     return 0
 
 

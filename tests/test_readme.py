@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+def script(name="readme"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -24,6 +24,12 @@ def test_the_table_is_what_the_results_file_gives():
     assert results["gate"]["passed"] is True
     assert "\n".join([*script().HEAD, *script().rows(results)]) in text
     assert results["command"] in text and results["environment"]["device"] in text
+
+
+def test_the_memory_table_is_what_its_results_file_gives():
+    text = (ROOT / "docs" / "memory.md").read_text()
+    (name,) = set(re.findall(r"--table (\S+\.json)", text))
+    assert "\n".join(script("memory").table(json.loads((ROOT / name).read_text()))) in text
 
 
 def test_the_figure_exists_and_is_named():
