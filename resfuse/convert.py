@@ -79,7 +79,7 @@ class Report:
             ("ran the original forward", self.fallbacks), ("kernel fallback", self.kernels),
         ):
             if rows:
-                lines += ["", title, *_columns(rows)]
+                lines += ["", title, *_columns([(first or "(the model)", *rest) for first, *rest in rows])]
         return "\n".join(lines)
 
 

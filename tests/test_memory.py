@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 import resfuse
+from resfuse import functional
 from resfuse.blocks import modules
 from resfuse.testing.cases import CASES, BottleneckCase, dense_layer, make_block, make_input
 from resfuse.testing.memory import saved_bytes
@@ -122,11 +123,21 @@ def test_side_by_side_inputs_are_not_copied():
     assert saved_bytes(lambda: block(parts), block, parts) == pytest.approx(2 * 2 * 8 * 28 * 28 * 4, rel=0.02)
 
 
+def test_a_given_residual_is_not_kept():
+    """Its gradient needs no value of it: kept are z, out and a bit for each of its values."""
+    x, residual = torch.randn(2, 16, 28, 28).requires_grad_(), torch.randn(2, 16, 28, 28).requires_grad_()
+    conv = functional.ConvBN(torch.randn(16, 16, 3, 3), padding=(1, 1))
+    kept = saved_bytes(
+        lambda: functional.conv_bn_add_relu(x, conv, shortcut=residual), nn.Identity(), [x, conv.weight]
+    )
+    assert kept == pytest.approx((2 + 1 / 32) * x.nbytes, rel=0.01)
+
+
 def test_a_block_whose_products_would_cost_too_much_keeps_no_more():
     """Few rows: the wide product is recomputed, not stored."""
     case = BottleneckCase("few rows", 256, 64, 256, 5, batch=2)
     block = resfuse.fuse(make_block(case))
-    assert resfuse.functional.forms(resfuse.blocks.bottleneck.convs(block), None)[2].rows > case.rows
+    assert resfuse.functional.forms(resfuse.blocks.resnet.convs(block), None)[2].rows > case.rows
     assert units(case, block, torch.float32) < 6.7  # vectors of few rows
 
 

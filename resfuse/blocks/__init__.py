@@ -7,8 +7,8 @@ ConvBNReLU, Chain, BNReLU, Stem, ResidualBlock, PreActBlock and PreActBottleneck
 import importlib
 
 _PLANS = {
-    "BasicBlock": ("basic_block", "BasicBlock"),
-    "Bottleneck": ("bottleneck", "Bottleneck"),
+    "BasicBlock": ("resnet", "BasicBlock"),
+    "Bottleneck": ("resnet", "Bottleneck"),
     "ResNet": ("stem", "ResNet"),
     "DenseLayer": ("dense_layer", "_DenseLayer"),
     "Transition": ("transition", "_Transition"),

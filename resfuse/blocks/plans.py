@@ -16,12 +16,12 @@ from types import ModuleType
 
 from torch import nn
 
-from . import basic_block, bn_relu, bottleneck, chain, conv_bn_relu, dense_layer, residual_block, stem, transition
+from . import bn_relu, chain, conv_bn_relu, dense_layer, residual_block, resnet, stem, transition
 from .mixin import qualified_name
 
 PLANS: dict[str, ModuleType] = {
     original: plan
-    for plan in (basic_block, bn_relu, bottleneck, chain, conv_bn_relu, dense_layer, residual_block, stem, transition)
+    for plan in (bn_relu, chain, conv_bn_relu, dense_layer, residual_block, resnet, stem, transition)
     for original in plan.ORIGINALS
 }
 

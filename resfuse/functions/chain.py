@@ -65,7 +65,7 @@ def backward(
     if chain[last].form == COVARIANCE:
         masked = True
         if last == 0 and needs_first:
-            da = gathered(k, a, da, add)
+            da = gathered(k, a.z if isinstance(a, Norm) else a, da, add)
     del g, y
     for i in reversed(range(last)):
         if not lower[i + 1]:
