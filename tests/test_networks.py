@@ -147,6 +147,8 @@ STEMS = {
 REFUSED_STEMS = {
     "average": (lambda m: setattr(m, "maxpool", nn.AvgPool2d(2)), "module_type"),
     "norm": (lambda m: setattr(m, "bn1", nn.GroupNorm(4, 64).double()), "module_type"),
+    "own forward": (lambda m: setattr(m, "_forward_impl", lambda x: m.fc(m.conv1(x).mean((2, 3)).repeat(1, 8))),
+                    "own_forward"),
     "hook on relu": (lambda m: m.relu.register_forward_hook(lambda *_: None), "inner_hook"),
     "hook on pool": (lambda m: m.maxpool.register_forward_hook(lambda *_: None), "inner_hook"),
 }

@@ -17,6 +17,8 @@ OWNS = ("conv1", "bn1", "relu", "maxpool")  # the layers are blocks of their own
 
 def refusal(model: nn.Module) -> Reason | None:
     """Why the model, as it is now, must run its original forward."""
+    if "_forward_impl" in model.__dict__:
+        return Reason("own_forward", "the model has a _forward_impl of its own")
     return (
         norm_refusal("bn1", model.bn1)
         or plain_refusal("relu", model.relu, nn.ReLU)
