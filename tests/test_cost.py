@@ -39,6 +39,8 @@ def test_forms_of_the_family():
     three, wide, narrow = units.conv_bn(8, 8, 3), units.conv_bn(8, 32), units.conv_bn(32, 8)
     assert kinds([three, three], units.conv_bn(8, 8)) == ["keep", "keep", "covariance"]
     assert kinds([narrow]) == ["keep"] and kinds([wide]) == ["covariance"]
+    strided = wide._replace(stride=(2, 2))
+    assert kinds([strided]) == ["covariance"] and kinds([three, strided])[-1] == "recompute"
     assert kinds([units.conv_bn(8, 32, groups=2)]) == ["recompute"]
     assert kinds([three, units.conv(8, 8)]) == ["keep", "covariance"], "no BatchNorm: no statistics, no product stored"
     assert kinds([three, units.conv(8, 8, 3)]) == ["keep", "linear"]

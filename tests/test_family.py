@@ -336,6 +336,14 @@ def test_given_statistics_are_used():
     assert torch.equal(still.ours(x, stats=wrong), still.ours(x)), "constant statistics need none"
 
 
+def test_bn_relu_takes_given_statistics():
+    x, norm = activation(3, 8, 5, 4), bn(8)
+    stats = Stats(x.mean((0, 2, 3)) + 1, x.var((0, 2, 3), correction=0))
+    shifted = functional.bn_relu(x, norm._replace(running_mean=None, running_var=None), stats=stats)
+    assert torch.allclose(shifted, functional.bn_relu(x, norm._replace(
+        running_mean=stats.mean, running_var=stats.var, training=False)))
+
+
 # BatchNorm, ReLU, pool ---------------------------------------------------------------------------------------------
 
 POOLS = {
