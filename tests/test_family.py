@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from units import activation, bn, conv, conv_bn
 
 from resfuse import functional, reference
@@ -336,6 +336,17 @@ def test_given_statistics_are_used():
     assert torch.equal(still.ours(x, stats=wrong), still.ours(x)), "constant statistics need none"
 
 
+def test_weights_of_a_sum_are_taken_in_any_dtype():
+    block = BLOCKS["basic identity"]()
+    x = [t.float() for t in block.input()]
+    convs = tree_map_only(torch.Tensor, lambda t: t.detach().float() if t.is_floating_point() else t, block.convs)
+    gate = torch.rand(3, 8, 5, 4, dtype=torch.float64)
+    for weights in (dict(row_scale=ROW_SCALE), dict(gate=gate)):
+        narrow = {name: t.float() for name, t in weights.items()}
+        found = [functional.conv_bn_add_relu(x[0], *convs, **each) for each in (weights, narrow)]
+        assert torch.equal(*found) and found[0].dtype == torch.float32
+
+
 def test_bn_relu_takes_given_statistics():
     x, norm = activation(3, 8, 5, 4), bn(8)
     stats = Stats(x.mean((0, 2, 3)) + 1, x.var((0, 2, 3), correction=0))
@@ -351,6 +362,7 @@ POOLS = {
     "stem": Window((3, 3), (2, 2), (1, 1)),
     "even": Window((2, 2), (2, 2)),
     "ceil": Window((3, 2), (2, 2), (1, 0), ceil_mode=True),
+    "ceil outside": Window((2, 2), (3, 3), (1, 1), ceil_mode=True),
     "dilated": Window((2, 3), (1, 2), (0, 1), (2, 1)),
 }
 
@@ -429,6 +441,7 @@ REFUSED = {
     "row_scale": (lambda: functional.conv_bn_add_relu(X, same(8, 8), row_scale=X[:2, 0, 0, 0]), "row_scale must"),
     "gate": (lambda: functional.conv_bn_add_relu(X, same(8, 8), gate=X[:2, :1, :1, :1]), r"gate \(2, 1, 1, 1\)"),
     "parts": (lambda: functional.conv_bn_relu([X, X[:, :, :4]], same(16, 8)), r"x\[1\] is \(3, 8, 4, 4\)"),
+    "parts' dtypes": (lambda: functional.conv_bn_relu([X, X.float()], same(16, 8)), r"x\[1\] is torch.float32"),
     "parts and x": (lambda: functional.conv_bn_add_relu([X[:, :4], X[:, 4:]], same(8, 8)), "2 tensors side by side"),
     "bn": (lambda: functional.preactivation(X, bn(7), last(8, 8)), r"bn.gamma must be \[8\]"),
     "stats": (lambda: functional.preactivation(X, bn(8), last(8, 8), stats=Stats(1, 2)), "stats.mean must be a tensor"),

@@ -187,6 +187,52 @@ def test_layers_taken_out_of_a_fused_network_stay_fused():
     assert isinstance(getter["layer2"][0], FusedMixin)
 
 
+def hook(module):
+    module.register_forward_hook(lambda *_: None)
+
+
+OWN_REFUSED = {
+    "shared norm": (lambda: modules.ResidualBlock(8, 8), lambda m: setattr(m, "bn2", m.bn1), "shared_norm"),
+    "hook on norm": (lambda: modules.PreActBlock(8, 8), lambda m: hook(m.bn1), "inner_hook"),
+    "padding mode": (lambda: modules.ConvBNReLU(8, 8), lambda m: setattr(m.conv, "padding_mode", "reflect"), "padding"),
+    "chain, shared norm": (lambda: modules.Chain(modules.ConvBNReLU(8, 8), modules.ConvBNReLU(8, 8)),
+                           lambda m: setattr(m[1], "bn", m[0].bn), "shared_norm"),
+    "chain, hook on layer": (lambda: modules.Chain(modules.ConvBNReLU(8, 8)), lambda m: hook(m[0]), "inner_hook"),
+    "dense, shared norm": (lambda: densenet._DenseLayer(8, 2, 4, 0.0), lambda m: setattr(m, "norm2", m.norm1),
+                           "shared_norm"),
+    "dense, hook on relu": (lambda: densenet._DenseLayer(8, 2, 4, 0.0), lambda m: hook(m.relu2), "inner_hook"),
+    "dense, other conv": (lambda: densenet._DenseLayer(8, 2, 4, 0.0),
+                          lambda m: setattr(m, "conv2", nn.ConvTranspose2d(8, 2, 1)), "module_type"),
+    "transition, more": (lambda: densenet._Transition(8, 4), lambda m: m.append(nn.Identity()), "children"),
+    "stem, indices": (lambda: modules.Stem(8, 8), lambda m: setattr(m.maxpool, "return_indices", True), "pool"),
+    "norm of groups": (lambda: modules.BNReLU(8), lambda m: setattr(m, "bn", nn.GroupNorm(2, 8)), "module_type"),
+}
+
+
+@pytest.mark.parametrize("case", OWN_REFUSED)
+def test_what_has_no_fused_form_runs_the_original(case):
+    make, change, code = OWN_REFUSED[case]
+    torch.manual_seed(0)
+    module = make()
+    change(module)
+    assert [reason for _, reason, _ in resfuse.explain(module, input_size=(2, 8, 9, 9)).skipped] == [code]
+    later = resfuse.fuse(make())
+    change(later)
+    later.load_state_dict(module.state_dict())
+    x, found = torch.randn(2, 8, 16, 16), []
+    for m in (later, module):
+        out = m(x)
+        found.append(out[0] if isinstance(out, tuple) else out)
+    assert torch.equal(*found) and list(later.resfuse_state.fallbacks) == [code]
+
+
+def test_a_gate_is_a_module_of_its_own():
+    block, seen = blocks.ResidualBlock(8, 8, gated=True), []
+    block.gate.register_forward_hook(lambda *_: seen.append(1))
+    block(torch.randn(2, 8, 6, 6))
+    assert seen and not block.resfuse_state.fallbacks and block.gate.bias.unique().tolist() == [-1.0]
+
+
 def test_feature_extraction_by_name():
     model = resfuse.fuse(resnet(Bottleneck)).eval()
     x = torch.randn(2, 3, 32, 32)

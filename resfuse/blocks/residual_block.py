@@ -47,7 +47,7 @@ def run(block: modules.ResidualBlock, x: Tensor, backend: str) -> Tensor:
             x, *convs, shortcut=shortcut, relu=block.relu, **weights, backend=backend
         )
     bn = read_norm(block.bn1)
-    hand_on = bn.training and not torch.is_inference_mode_enabled()
+    hand_on = bn.training and not torch.is_inference_mode_enabled()  # where writes to a tensor are not counted
     found = functional.preactivation(
         x, bn, *convs, shortcut=shortcut, **weights, stats=_stats.take(x), want_stats=hand_on, backend=backend
     )
