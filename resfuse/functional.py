@@ -42,6 +42,7 @@ __all__ = [
 
 # Raised out of a checkpointed recomputation once its tensors are back; a private name, so perhaps not in every torch.
 _StopRecomputation = getattr(checkpoint, "_StopRecomputationError", ())
+SMALL_SAMPLE = 1 << 15  # values
 AnyShortcut = ConvBN | Conv | Pooled | ZeroPad | Tensor | None
 
 
@@ -140,7 +141,7 @@ def bn_relu(
             raise ArgumentError(f"pool.size must hold at most 255 values, got {pool.size}")
     tensors = _tensors(bn)
     layout = torch.channels_last if _suggests_channels_last(x) else torch.contiguous_format
-    inside = torch.channels_last if x.is_cuda else layout
+    inside = _inside(x, shape, layout)
     spec = PoolSpec(
         Unit(None, bn.eps, bn.batch, KEEP), pool, _running(bn, shape.numel() // shape[1]), [], backend,
         _differentiable([x, *tensors]), inside, layout,
@@ -229,7 +230,7 @@ def _block(
         backend=backend,
         differentiable=_differentiable(inputs.flat()),
         want_stats=want_stats,
-        layout=torch.channels_last if x.is_cuda else layout,
+        layout=_inside(x, shape, layout),
         out_layout=layout,
     )
     found = _run(BlockFunction, spec, inputs.flat(), backend, x.device.type, dtype)
@@ -386,6 +387,12 @@ def _known(stats: Stats | None, bn: BN | None, x: Tensor, channels: int) -> tupl
 
 def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _inside(x: Tensor, shape: torch.Size, layout: torch.memory_format) -> torch.memory_format:
+    """The layout inside a block. Contiguous (NCHW) samples are read one at a time: of small ones the calls would cost
+    more than a conversion does."""
+    return torch.channels_last if x.is_cuda or shape[1:].numel() < SMALL_SAMPLE else layout
 
 
 def _suggests_channels_last(t: Tensor) -> bool:

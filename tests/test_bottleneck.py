@@ -109,6 +109,7 @@ def test_several_parts_of_rows(form, monkeypatch, poisoned):
     from resfuse.kernels.eager import _rows
 
     monkeypatch.setitem(_rows._PART_ELEMENTS, "cpu", 64)
+    monkeypatch.setattr(functional, "SMALL_SAMPLE", 0)  # NCHW a sample at a time, too
     for channels_last in (True, False):
         x = activation(3, 8, 7, 5, channels_last=channels_last)
         compare(bottleneck(shortcut="projection", stride=2, out_channels=12), x)

@@ -201,7 +201,9 @@ def test_equals_autograd(block, mode, rows, poisoned):
     agree(block if mode == "train" else frozen(block))
 
 
-def test_equals_autograd_in_nchw(block):
+@pytest.mark.parametrize("small", [0, 1 << 15], ids=["NCHW inside", "channels_last inside"])
+def test_equals_autograd_in_nchw(block, small, monkeypatch):
+    monkeypatch.setattr(functional, "SMALL_SAMPLE", small)
     agree(block, block.input(channels_last=False))
 
 
