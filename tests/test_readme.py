@@ -37,7 +37,8 @@ def test_the_figure_exists_and_is_named():
     assert len(figures) == 1 and (ROOT / figures[0]).stat().st_size > 10_000
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+DOCS = sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/README.md", *DOCS]
 
 
 @pytest.mark.parametrize("page", PAGES)
