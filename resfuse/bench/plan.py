@@ -73,7 +73,7 @@ def block_job(subject: str, mode: str, batch: int, compiled: bool) -> Job:
     case = CASES[subject]
     rows_an_image = replace(case, batch=1).rows
     enough = -(-16 * case.width // rows_an_image)  # with M >= 16 w, vectors a channel no longer count
-    compile_seconds = 20.0 if compiled else 0.0
+    compile_seconds = 15.0 if compiled else 0.0
     return Job(
         subject, mode, batch, max(batch, enough), _names(compiled), 4.0, compile_seconds, gate_batch=min(batch, enough)
     )
@@ -83,7 +83,7 @@ def network_job(subject: str, mode: str, batch: int, compiled: bool, nchw: bool 
     names = _names(compiled)
     if nchw:
         names = (EAGER.name, EAGER_NCHW.name, *names[1:])
-    return Job(subject, mode, batch, 8, names, 22.0, 110.0 if compiled else 0.0, gate_batch=2)
+    return Job(subject, mode, batch, 8, names, 22.0, 90.0 if compiled else 0.0, gate_batch=2)
 
 
 def fit(job: Job, device: torch.device | str, clock: Callable[[Callable[[], object]], float]) -> Job:

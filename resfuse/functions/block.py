@@ -115,7 +115,10 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
     x = None
     if spec.norm is None or (spec.shortcut.kind in (IDENTITY, PADDED) and inputs.gate is not None and needs.gate):
         x = branches.joined(inputs.parts, spec.layout)
-    first = x if spec.norm is None else _activated(k, spec, inputs.parts, norm_kept)
+    first = x
+    if spec.norm is not None:  # a recipe where it can be one: wide, and not read before the chain has come down to it
+        norms = _norms(inputs.parts, norm_kept, spec.layout)
+        first = norms[0] if len(norms) == 1 else _activated(k, spec, inputs.parts, norm_kept)
     tensors = inputs.shortcut[0] if inputs.shortcut else None
     projection = spec.shortcut.kind == PROJECTION
 
@@ -139,21 +142,29 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
     if spec.shortcut.kind == GIVEN and needs.residual:
         dresidual = (k.select(beside) if isinstance(beside, Masked) else beside).contiguous(memory_format=spec.layout)
     into_first, into_x = (add, None) if projection or spec.norm is None else (None, add)
-    da, found = chain.backward(
-        k, spec.units, inputs.units, kept, saved.zs, first, g, y, into_first, needs_first, needs.units
-    )
+    # Gradients are the widest tensors there are: nothing here holds one that has been read for the last time.
+    del beside, add, dout
+    lower = chain.wanted_below(needs_first, needs.units)
+    branch = k, spec.units, inputs.units, kept, saved.zs, first
+    *came, found_last = chain.backward_last(*branch, g, y, into_first, lower, needs.units)
+    del g, y
+    da, first, found = chain.backward_inner(*branch, came, into_first, lower, needs.units)
+    found.append(found_last)
+    del into_first
+    came = [first, da]
+    del first, da
     norm_found = None
     if spec.norm is not None:
         norm_found = NONE
         if needs_first:
-            pieces, norm_found = _norm_backward(k, spec, inputs, norm_kept, da, first)
+            pieces, norm_found = _norm_backward(k, spec, inputs, norm_kept, came)
             if into_x is not None:
                 pieces = [chain.gathered(k, inputs.parts[0], pieces[0], into_x)]
             dparts = [p.contiguous(memory_format=spec.out_layout) if needs_x else None for p in pieces]
         else:
             dparts = [None] * spec.parts
     else:
-        dparts = branches.separated(da, inputs.parts, spec.out_layout)
+        dparts = branches.separated(came.pop(), inputs.parts, spec.out_layout)
     return branches.gradients(dparts, dresidual, dgate, norm_found, found, shortcut_found)
 
 
@@ -207,23 +218,22 @@ def _activated(k, spec: Spec, parts: Sequence[Tensor], kept: Kept) -> Act:
 
 
 def _norm_backward(
-    k, spec: Spec, inputs: Inputs, kept: Kept, da: Tensor, first: Act
+    k, spec: Spec, inputs: Inputs, kept: Kept, came: list
 ) -> tuple[list[Tensor], Gradients]:
+    """came: first and its gradient, which are taken out of the list."""
     t: Tensors = inputs.norm[0]
-    sizes = [part.shape[1] for part in inputs.parts]
+    norms, sizes = _norms(inputs.parts, kept, spec.layout), [part.shape[1] for part in inputs.parts]
     gammas = [None] * len(sizes) if t.gamma is None else t.gamma.split(sizes)
-    pieces, dgammas, dbetas, begin = [], [], [], 0
-    for norm, size, mean, invstd, gamma in zip(
-        _norms(inputs.parts, kept, spec.layout), sizes, kept.mean.split(sizes), kept.invstd.split(sizes), gammas,
-        strict=True,
-    ):
-        dy, y = da, first
-        if len(sizes) > 1:
-            dy, y = da[:, begin : begin + size], first[:, begin : begin + size]
-        begin += size
-        dz, dgamma, dbeta = k.bn_backward(dy, y, norm.z, BNContext(mean, invstd, gamma, spec.norm.batch))
-        pieces.append(k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz)
-        dgammas.append(dgamma)
-        dbetas.append(dbeta)
+    contexts = [
+        BNContext(mean, invstd, gamma, spec.norm.batch)
+        for mean, invstd, gamma in zip(kept.mean.split(sizes), kept.invstd.split(sizes), gammas, strict=True)
+    ]
+    if len(sizes) == 1:
+        found = [k.bn_backward(came.pop(), came.pop(), norms[0].z, contexts[0])]
+    else:
+        pairs = zip(came.pop().split(sizes, 1), came.pop().split(sizes, 1), norms, contexts, strict=True)
+        found = [k.bn_backward(dy, y, norm.z, context) for dy, y, norm, context in pairs]
+    dzs, dgammas, dbetas = zip(*found, strict=True)
+    pieces = [k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz for dz in dzs]
     dgamma, dbeta = (v[0] if len(v) == 1 else torch.cat(v) for v in (dgammas, dbetas))
     return pieces, units.gradients(spec.norm, t, kept, None, dgamma, dbeta)

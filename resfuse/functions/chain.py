@@ -37,56 +37,77 @@ def forward(k, chain: Sequence[Unit], tensors: Sequence[Tensors], first: Act, dt
         if unit.form == KEEP:
             zs.append(main.z)
         if i + 1 < len(chain):
+            a = None  # before its successor is made
             a = k.prepare(main._replace(relu=True))
     return Chain(main, tuple(zs), tuple(kept), tuple(stats))
 
 
 def activation(k, i: int, first: Act, zs: Sequence[Tensor], kept: Sequence[Kept]) -> Act:
     """The input of unit i, made again."""
-    return first if i == 0 else k.prepare(Norm(zs[i - 1], kept[i - 1].scale, kept[i - 1].shift))
+    return k.prepare(first if i == 0 else Norm(zs[i - 1], kept[i - 1].scale, kept[i - 1].shift))
 
 
-def backward(
-    k, chain: Sequence[Unit], tensors: Sequence[Tensors], kept: Sequence[Kept], zs: Sequence[Tensor], first: Act,
-    g: Grad, y: Act | None, add: Addend, needs_first: bool, needs: Sequence[Tensors],
-) -> tuple[Tensor | None, list[Gradients]]:
-    """(dfirst + add, gradients of each unit's parameters). g: of the last unit's output; y: that output, activated,
-    where g is still to be masked by it, else None."""
-    last = len(chain) - 1
-    lower = [needs_first]  # whether anything below unit i wants a gradient
+def wanted_below(needs_first: bool, needs: Sequence[Tensors]) -> list[bool]:
+    """For each unit, whether its input's gradient is wanted: by the chain's own input, or by a unit before."""
+    lower = [needs_first]
     for need in needs[:-1]:
         lower.append(lower[-1] or any(need))
-    found = [NONE] * len(chain)
-    a, z, masked = activation(k, last, first, zs, kept), zs[last] if chain[last].form == KEEP else None, False
-    da, found[last] = units.backward(
+    return lower
+
+
+def backward_last(
+    k, chain: Sequence[Unit], tensors: Sequence[Tensors], kept: Sequence[Kept], zs: Sequence[Tensor], first: Act,
+    g: Grad, y: Act | None, add: Addend, lower: Sequence[bool], needs: Sequence[Tensors],
+) -> tuple[Tensor | None, Act, Gradients]:
+    """(gradient of the last unit's input, that input, gradients of its parameters). g: of its output; y: that output,
+    activated, where g is still to be masked by it, else None; add: as in `backward_inner`, for a chain of one."""
+    last = len(chain) - 1
+    a, z = activation(k, last, first, zs, kept), zs[last] if chain[last].form == KEEP else None
+    da, found = units.backward(
         k, chain[last], tensors[last], kept[last], g, a, z, y, last > 0, add if last == 0 else None, lower[last],
         needs[last],
     )
-    if chain[last].form == COVARIANCE:
-        masked = True
-        if last == 0 and needs_first:
-            da = gathered(k, a.z if isinstance(a, Norm) else a, da, add)
-    del g, y
-    for i in reversed(range(last)):
+    if chain[last].form == COVARIANCE and last == 0 and lower[0]:
+        da = gathered(k, a.z if isinstance(a, Norm) else a, da, add)
+    return da, a, found
+
+
+def backward_inner(
+    k, chain: Sequence[Unit], tensors: Sequence[Tensors], kept: Sequence[Kept], zs: Sequence[Tensor], first: Act,
+    came: list, add: Addend, lower: Sequence[bool], needs: Sequence[Tensors],
+) -> tuple[Tensor | None, Act, list[Gradients]]:
+    """(dfirst + add, first as it was last made, gradients of each inner unit's parameters).
+
+    came: what `backward_last` gave, da and a, which are taken out of the list so that nobody holds them longer than
+    they are read.
+    """
+    a, da = came.pop(), came.pop()
+    masked, found = chain[-1].form == COVARIANCE, [NONE] * (len(chain) - 1)
+    for i in reversed(range(len(found))):
         if not lower[i + 1]:
             break
-        y, masked = None if masked else a, False
+        unit, t = chain[i], tensors[i]
+        dz, dgamma, dbeta = units.backward_norm(k, unit, t, kept[i], da, zs[i], None if masked else a)
+        da = a = None  # before their successors are made
+        masked = False
         a = activation(k, i, first, zs, kept)
-        da, found[i] = units.backward(
-            k, chain[i], tensors[i], kept[i], da, a, zs[i], y, False, add if i == 0 else None, lower[i], needs[i]
-        )
-    return (da if needs_first else None), found
+        da, dweight = units.backward_conv(k, unit, t, dz, a, add if i == 0 else None, lower[i], needs[i].weight)
+        del dz
+        found[i] = units.gradients(unit, t, kept[i], dweight, dgamma, dbeta)
+    return (da if lower[0] else None), a, found
 
 
-def gathered(k, like: Tensor, *addends: Addend) -> Tensor:
-    """The sum of gradients of one tensor, as a tensor shaped as it; at least one of them is not None."""
-    total = None
-    for each in addends:
-        if isinstance(each, Strided):
-            rows, columns = each.stride
-            total = torch.zeros_like(like) if total is None else total.clone()
-            total[:, :, ::rows, ::columns] += each.compact
-        elif each is not None:
-            value = k.select(each) if isinstance(each, Masked) else each
-            total = value if total is None else total + value
+def gathered(k, like: Tensor, own: Tensor | Strided, add: Addend) -> Tensor:
+    """own + add as a tensor shaped as like. own is nobody else's, and is added to in place."""
+    if isinstance(own, Strided):
+        rows, columns = own.stride
+        total = torch.zeros_like(like)
+        total[:, :, ::rows, ::columns] = own.compact
+    else:
+        total = own
+    if isinstance(add, Strided):
+        rows, columns = add.stride
+        total[:, :, ::rows, ::columns] += add.compact
+    elif add is not None:
+        total += k.select(add) if isinstance(add, Masked) else add
     return total

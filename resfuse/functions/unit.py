@@ -158,19 +158,20 @@ def backward(
         dweight, dbias = None, None
         if t.bias is not None and needs.bias:
             dbias = dz.sum((0, 2, 3), dtype=wide(dz.dtype)).to(t.bias.dtype)
-        da, dweight = _conv_backward(kernels, unit, t, dz, a, add, needs_input, needs.weight)
+        da, dweight = backward_conv(kernels, unit, t, dz, a, add, needs_input, needs.weight)
         dweight = None if dweight is None else dweight.view(t.weight.shape).to(t.weight.dtype)
         return da, Gradients(dweight, dbias, None, None)
     if unit.form == RECOMPUTE:
         z = raw(kernels, unit, t, a)
     dz, dgamma, dbeta = backward_norm(kernels, unit, t, kept, g, z, y)
-    da, dweight = _conv_backward(kernels, unit, t, dz, a, add, needs_input, needs.weight)
+    da, dweight = backward_conv(kernels, unit, t, dz, a, add, needs_input, needs.weight)
     return da, gradients(unit, t, kept, dweight, dgamma, dbeta)
 
 
-def _conv_backward(
+def backward_conv(
     kernels, unit: Unit, t: Tensors, dz: Grad, a: Act, add: Addend, needs_input: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    """(da + add, dweight) of the unit's convolution."""
     weight = t.weight.to(dtype_of(a))
     needs = needs_input, needs_weight
     return kernels.conv_backward(dz, a, weight, unit.geometry, add if needs_input else None, needs)

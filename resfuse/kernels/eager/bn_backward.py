@@ -13,6 +13,7 @@ def bn_backward(dy: Grad, a: Act | None, z: Tensor, context: BNContext) -> tuple
     dy = prepare(dy)
     if a is not None:
         dy = torch.ops.aten.threshold_backward(dy, prepare(a), 0)
+        del a
     mean, invstd, gamma, batch = context
     if batch:
         return native_backward(dy, z, gamma, mean, invstd, (True, True, True))
