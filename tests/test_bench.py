@@ -92,7 +92,7 @@ def test_plans_grow_with_their_extent():
     assert len(quick.jobs) < len(default.jobs) < len(full.jobs)
     compiled = [job for job in default.jobs if "torch.compile" in job.implementations]
     assert {job.subject for job in compiled} == {"stage1", "resnet50"}
-    assert default.budget <= 270, "make bench runs a gate before it, six minutes in all"
+    assert default.budget <= 290, "make bench runs a gate before it, six minutes in all"
 
 
 def test_photographs_are_real_and_drawn_anew():
