@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from units import activation, bn, conv, conv_bn
 
-from resfuse import functional, reference
+from resfuse import arguments, functional, reference
 from resfuse.functional import ArgumentError, Pooled, Stats, Window, ZeroPad
 
 pytestmark = pytest.mark.gate  # no speed is reported while these fail
@@ -390,6 +390,14 @@ def test_bn_relu(pool, training, channels_last, poisoned):
         lambda x, g, b: functional.bn_relu(x, norm._replace(gamma=g, beta=b), pool), (x, norm.gamma, norm.beta),
         fast_mode=True,
     )
+
+
+@pytest.mark.parametrize("pool", [name for name, window in POOLS.items() if window])
+def test_shapes_of_pools_are_torchs(pool):
+    for size in ((7, 6), (8, 9), (5, 5)):
+        x = torch.empty(2, 5, *size)
+        expected = torch.nn.functional.max_pool2d(x, *POOLS[pool]).shape
+        assert arguments.pooled_shape(x.shape, POOLS[pool], "pool") == expected
 
 
 @pytest.mark.parametrize("pool", POOLS)
