@@ -201,6 +201,7 @@ OWN_REFUSED = {
     "dense, shared norm": (lambda: densenet._DenseLayer(8, 2, 4, 0.0), lambda m: setattr(m, "norm2", m.norm1),
                            "shared_norm"),
     "dense, hook on relu": (lambda: densenet._DenseLayer(8, 2, 4, 0.0), lambda m: hook(m.relu2), "inner_hook"),
+    "dense, hook on relu1": (lambda: densenet._DenseLayer(8, 2, 4, 0.0), lambda m: hook(m.relu1), "inner_hook"),
     "dense, other conv": (lambda: densenet._DenseLayer(8, 2, 4, 0.0),
                           lambda m: setattr(m, "conv2", nn.ConvTranspose2d(8, 2, 1)), "module_type"),
     "transition, more": (lambda: densenet._Transition(8, 4), lambda m: m.append(nn.Identity()), "children"),
