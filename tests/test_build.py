@@ -104,7 +104,7 @@ def test_record_tells_what_the_library_was_built_for():
     assert facts["cxx11_abi"] == torch.compiled_with_cxx11_abi()
     assert facts["compiler"] and "-ffp-contract=off" in facts["flags"]
     assert facts["cuda_archs"] or facts["cuda_left_out"]
-    assert facts["module_left_out"] or facts["cpu_selected"] in facts["cpu_versions"]
+    assert facts["module_left_out"] or facts["cplusplus"] >= 201703
 
 
 @needs_library

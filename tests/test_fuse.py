@@ -145,7 +145,7 @@ def test_settings_of_later_versions_are_refused(setting):
 
 def test_a_backend_that_lacks_primitives_is_refused_with_every_reason():
     model = nn.Sequential(Bottleneck(16, 4))
-    with pytest.raises(resfuse.Unsupported, match="primitive_missing.*covariance"):
+    with pytest.raises(resfuse.Unsupported, match="primitive_missing.*finalize"):
         resfuse.fuse(model, config=resfuse.FuseConfig(backend="cpu"))
     assert type(model[0]) is Bottleneck
 
@@ -304,16 +304,13 @@ def test_disabled_is_of_this_thread():
     assert seen == [None] and model is not None
 
 
-def test_a_refusal_of_a_kernel_set_is_reported(monkeypatch):
-    """conv3 recomputed beside a projection in covariance form: the CPU set's `apply` has no second product."""
+def test_a_refusal_of_a_kernel_set_is_reported():
+    """NCHW samples too large to be converted: the CPU set reads channels_last."""
     if dispatch.kernels("auto", "cpu", torch.float32).chosen["apply"] != "cpu":
         pytest.skip("native_missing: the native library is not built")
-    keep, recompute, covariance = (resfuse.functional.Form(kind) for kind in ("keep", "recompute", "covariance"))
-    monkeypatch.setattr(resfuse.functional, "forms", lambda *_: [keep, keep, recompute, covariance])
-    model = nn.Sequential(Bottleneck(8, 4, downsample=nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16))))
-    resfuse.fuse(model.to(memory_format=torch.channels_last))
-    model(torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last))
-    assert ("apply", "cpu", "residual_second") in {row[:3] for row in resfuse.report(model).kernels}
+    model = resfuse.fuse(nn.Sequential(Bottleneck(16, 4)))
+    model(torch.randn(2, 16, 64, 64))
+    assert ("conv_stats", "cpu", "layout") in {row[:3] for row in resfuse.report(model).kernels}
 
 
 def test_a_named_backend_serves_everything_itself():

@@ -1,9 +1,15 @@
 """Random bottlenecks as `functional.ConvBN`s, twins of them, and their gradients."""
 
+import os
+import sys
+
+import pytest
 import torch
 
 from resfuse.functional import BN, Conv, ConvBN
 
+BUILT = os.environ.get("RESFUSE_NATIVE", "1" if sys.platform == "linux" else "0") == "1"
+NATIVE = pytest.mark.skipif(not BUILT, reason="native_missing: RESFUSE_NATIVE=0")
 PARAMETERS = ("weight", "bias", "gamma", "beta")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -8,14 +8,15 @@
 
 namespace resfuse {
 
-inline int64_t mask_row_bytes(int64_t channels) {
+constexpr int64_t mask_row_bytes(int64_t channels) {
   return (channels + 7) / 8;
 }
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word's lowest byte must be the first channel");
+
 // bits: `count` bytes of 0 or 1, with room for a multiple of 8 -> ceil(count/8) bytes.
 RESFUSE_HD void pack_bits(uint8_t* bits, int64_t count, uint8_t* __restrict__ packed) {
-  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "a word's lowest byte must be the first channel");
-  const int64_t bytes = (count + 7) / 8;
+  const int64_t bytes = mask_row_bytes(count);
   std::memset(bits + count, 0, 8 * bytes - count);
   for (int64_t i = 0; i < bytes; ++i) {
     uint64_t word;

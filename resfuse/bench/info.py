@@ -22,7 +22,7 @@ WANTED = (
     ("sklearn", "bench and verify: photographs, digits", "scikit-learn"),
     ("matplotlib", "figures", "matplotlib"),
 )
-BUILD_FACTS = ("torch", "torch_cuda", "compiler", "flags", "cpu_versions", "cpu_selected", "cuda_archs", "commit")
+BUILD_FACTS = ("torch", "torch_cuda", "compiler", "flags", "cuda_archs", "commit")
 
 
 def show(device: torch.device, console: Console) -> None:
@@ -30,7 +30,10 @@ def show(device: torch.device, console: Console) -> None:
     _facts(console, "This machine", {k: v for k, v in facts.items() if k not in ("versions", "date", "device_type")})
     _facts(console, "Versions", {k: v or "-" for k, v in facts["versions"].items()})
     build = _native.build_facts()
-    _facts(console, "Native library", {k: build[k] for k in BUILD_FACTS if build.get(k) not in (None, [], "")})
+    native = {k: build[k] for k in BUILD_FACTS if build.get(k) not in (None, [], "")}
+    if not _native.unavailable():
+        native["instructions of the CPU kernels"] = _native.load().cpu_isa()
+    _facts(console, "Native library", native)
     console.print(_kernel_sets(device))
     console.print(_primitives(device))
     classes = Table(title="Classes with a fused form", title_justify="left")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.interface import (
+    Act,
     Addend,
     Grad,
     Masked,
@@ -128,11 +129,11 @@ def separated(dx: Tensor | None, parts: Sequence[Tensor], layout: torch.memory_f
 
 
 def shortcut_forward(
-    k, shortcut: Shortcut, t: Tensors | None, source: Tensor, given: Tensor | None, layout: torch.memory_format
+    k, shortcut: Shortcut, t: Tensors | None, source: Act, given: Tensor | None, layout: torch.memory_format
 ) -> tuple[Residual, Stats | None, Kept | None]:
     """The residual, and a projection's batch statistics and vectors."""
     if shortcut.kind == PROJECTION:
-        return units.forward(k, shortcut.unit, t, _pooled(k, shortcut, source), source.dtype)
+        return units.forward(k, shortcut.unit, t, _pooled(k, shortcut, source), units.dtype_of(source))
     return _plain_residual(shortcut, source, given, layout), None, None
 
 
@@ -193,7 +194,7 @@ def _plain_residual(shortcut: Shortcut, source: Tensor, given: Tensor | None, la
     return None
 
 
-def _pooled(k, shortcut: Shortcut, source: Tensor) -> Tensor:
+def _pooled(k, shortcut: Shortcut, source: Act) -> Act:
     return source if shortcut.window is None else k.avg_pool(source, shortcut.window, shortcut.count_include_pad)
 
 

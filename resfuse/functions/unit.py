@@ -22,6 +22,7 @@ from ..kernels.interface import (
     BNContext,
     Geometry,
     Grad,
+    Masked,
     Norm,
     RunningUpdate,
     Second,
@@ -157,6 +158,7 @@ def backward(
         dz = kernels.prepare(g)
         dweight, dbias = None, None
         if t.bias is not None and needs.bias:
+            dz = kernels.select(dz) if isinstance(dz, Masked) else dz
             dbias = dz.sum((0, 2, 3), dtype=wide(dz.dtype)).to(t.bias.dtype)
         da, dweight = backward_conv(kernels, unit, t, dz, a, add, needs_input, needs.weight)
         dweight = None if dweight is None else dweight.view(t.weight.shape).to(t.weight.dtype)

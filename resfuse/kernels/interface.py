@@ -88,15 +88,18 @@ class Masked(NamedTuple):
 class BNGrad(NamedTuple):
     """BatchNorm's input gradient `scale * (dy - mean_dy - (z - mean) * slope)`, not yet computed.
 
-    slope = invstd^2 * mean(dy * (z - mean)); mean_dy and slope are 0 where the statistics are constants (frozen).
+    slope = invstd^2 * mean(dy * (z - mean)). Where the statistics are constants (frozen), mean_dy and slope are None
+    and the gradient is `scale * dy`, whatever z is.
+    shift: dy is still to be masked by relu(scale * z + shift); None: it is that gradient already.
     """
 
-    dy: Tensor
+    dy: Tensor | Masked
     z: Tensor
     mean: Tensor
     scale: Tensor
-    mean_dy: Tensor
-    slope: Tensor
+    mean_dy: Tensor | None
+    slope: Tensor | None
+    shift: Tensor | None = None
 
 
 class Strided(NamedTuple):
@@ -307,7 +310,7 @@ class KernelSet(Protocol):
         u, if given, stands for g @ Wg. q, q_scale and c are None for constant statistics.
         """
 
-    def bn_reduce(self, dy: Tensor, z: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    def bn_reduce(self, dy: Tensor | Masked, z: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
         """dbeta = sum(dy) and dgamma = invstd * sum(dy * (z - mean)), wide [C]."""
 
     def bn_dgrad(self, grad: BNGrad) -> Tensor:
@@ -315,6 +318,8 @@ class KernelSet(Protocol):
 
     def bn_backward(self, dy: Grad, a: Act | None, z: Tensor, context: BNContext) -> tuple[Grad, Tensor, Tensor]:
         """(dz, dgamma, dbeta) of BatchNorm, after the ReLU that made `a` if a is given.
+
+        a: this BatchNorm's own activation, Norm(z, scale, shift) with its scale and shift, or that as a tensor.
 
         dz may be the `BNGrad` recipe (the consumer computes it in its prologue) or a tensor (one pass gave all).
         """

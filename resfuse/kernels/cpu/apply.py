@@ -1,33 +1,19 @@
-"""apply: a sum whose main branch is scale * z + shift, and its mask, one pass in C++ (`csrc/cpu/apply.cpp`)."""
-
-import torch
+"""apply: a sum whose main branch is scale * z + shift, its mask and statistics (`csrc/cpu/apply.cpp`)."""
 
 from ... import _native
-from ..interface import Norm, Padded, Reason, Second, Sum, Unsupported, Want, Written
-from . import unsupported
+from ..interface import Norm, Reason, Second, Stats, Sum, Unsupported, Want, Written
+from . import _operands
+from .expand import expand
 
 
 def apply(a: Norm, total: Sum, want: Want) -> Written:
-    residual = total.residual
-    if isinstance(residual, Second):
-        raise Unsupported([Reason("residual_second", "apply has no kernel for a second convolution as residual")])
-    if isinstance(residual, Padded):
-        raise Unsupported([Reason("residual_padded", "apply has no kernel for a residual of fewer channels")])
-    if total.scale != 1 or total.row_scale is not None or total.gate is not None:
-        raise Unsupported([Reason("weighed_sum", "apply has no kernel for a scaled or gated sum")])
-    second = residual if isinstance(residual, Norm) else Norm(residual, None, None, relu=False)
-    reasons = unsupported(a.z.device.type, a.z.dtype) + _layout("z", a.z)
-    if second.z is not None:
-        reasons += _layout("residual", second.z)
-        if second.z.dtype != a.z.dtype:
-            reasons.append(Reason("dtype", f"residual is {second.z.dtype} and z is {a.z.dtype}"))
-    if reasons:
-        raise Unsupported(reasons)
-    out, mask = _native.load().apply(a.z, a.scale, a.shift, *second, total.relu, want.mask)
-    return Written(out, mask if want.mask else None)
-
-
-def _layout(name: str, t: torch.Tensor) -> list[Reason]:
-    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
-        return []
-    return [Reason("layout", f"{name} is not dense in channels_last")]
+    if isinstance(total.residual, Second):
+        if total.row_scale is not None or total.gate is not None:
+            text = "apply has no kernel for a weighed sum with a second convolution as residual"
+            raise Unsupported([Reason("weighed_second", text)])
+        product = total.residual  # the sum is symmetric: the convolution is the main branch, z the residual
+        total = total._replace(residual=a._replace(relu=False))
+        return expand(product.x, product.weight, product.scale, product.shift, total, want)
+    _operands.check_views(z=a.z)
+    results = _native.load().apply(a.z, a.scale, a.shift, *_operands.total(total, want))
+    return _operands.written(results, want, Stats)

@@ -7,22 +7,12 @@ import torch
 from torch import Tensor
 
 from ..interface import wide
+from ..vendor import dense as dense
+from ..vendor import layout as layout
 
 # A part is worked on in wide precision while it stays in cache; a GPU takes larger ones to fill itself.
 _PART_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 _GATHER_BITS = 0x0102040810204080  # times eight 0/1 bytes: bit j of the top byte is byte j
-
-
-def dense(t: Tensor) -> Tensor:
-    """t, or a copy of it, whose memory is channels_last or contiguous without gaps."""
-    if t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last):
-        return t
-    return t.contiguous(memory_format=torch.channels_last if t.stride(1) == 1 else torch.contiguous_format)
-
-
-def layout(t: Tensor) -> torch.memory_format:
-    """The memory format of a dense tensor."""
-    return torch.channels_last if t.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
 def empty_image(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -5,12 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..interface import Norm, Padded, Residual, Second, Sum, Want, Written
+from ..interface import Act, Norm, Padded, Residual, Second, Sum, Want, Written
 from ._rows import empty_image, pack_mask, parts, product
+from .prepare import prepare
 
 
-def _held(residual: Residual) -> Tensor | None:
-    """The tensor that holds a residual's rows."""
+def _held(residual: Residual) -> Act | None:
+    """What holds a residual's rows."""
     if isinstance(residual, Norm):
         return residual.z
     return residual.x if isinstance(residual, Second | Padded) else residual
@@ -37,6 +38,7 @@ def write_sum(
     pixels = out.numel() // channels
     mask = out.new_empty((pixels, -(-channels // 8) if want.mask else 0), dtype=torch.uint8)
     held = _held(total.residual)
+    held = held if held is None else prepare(held)
     samples = None if total.row_scale is None else _per_row(total.row_scale, out)
     optional = {"held": held, "gate": total.gate, "samples": samples}
     given = {name: t for name, t in optional.items() if t is not None}

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..interface import BNGrad, wide
+from ..interface import BNGrad, Masked, wide
 from ._rows import dense, empty_image, parts
+from .select import select
 
 
 def affine(z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -14,9 +15,14 @@ def affine(z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def bn_dgrad(grad: BNGrad) -> Tensor:
-    dy = dense(grad.dy)
+    dy = dense(select(grad.dy) if isinstance(grad.dy, Masked) else grad.dy)
+    if grad.shift is not None:
+        dy = torch.ops.aten.threshold_backward(dy, affine(grad.z, grad.scale, grad.shift), 0)
     dz = empty_image(dy, dy.shape[1])
     for dz_part, dy_part, z in parts(dz, dy, grad.z):
-        centred = z.to(wide(z.dtype)) - grad.mean
-        dz_part.copy_((dy_part - grad.mean_dy - centred * grad.slope) * grad.scale)
+        if grad.slope is None:
+            dz_part.copy_(dy_part * grad.scale)
+        else:
+            centred = z.to(wide(z.dtype)) - grad.mean
+            dz_part.copy_((dy_part - grad.mean_dy - centred * grad.slope) * grad.scale)
     return dz

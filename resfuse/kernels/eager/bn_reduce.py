@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
+from ..interface import Masked
 from ._rows import dense
+from .select import select
 
 
-def bn_reduce(dy: Tensor, z: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+def bn_reduce(dy: Tensor | Masked, z: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
+    dy = select(dy) if isinstance(dy, Masked) else dy
     _, dgamma, dbeta = native_backward(dy, z, None, mean, invstd, (False, True, True))
     return dbeta, dgamma
 

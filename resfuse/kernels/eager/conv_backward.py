@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..interface import Act, Addend, Geometry, Grad, Strided
-from ._vendor import conv_grads
+from ..vendor import conv_grads
 from .prepare import prepare
 
 

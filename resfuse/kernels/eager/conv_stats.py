@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..interface import Act, Geometry, Stats
-from ._vendor import conv
+from ..vendor import conv
 from .bn_stats import bn_stats
 from .prepare import prepare
 

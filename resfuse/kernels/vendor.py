@@ -9,8 +9,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..interface import Geometry
-from ._rows import dense, layout
+from .interface import Geometry
+
+
+def dense(t: Tensor) -> Tensor:
+    """t, or a copy of it, whose memory is channels_last or contiguous without gaps."""
+    if t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last):
+        return t
+    return t.contiguous(memory_format=torch.channels_last if t.stride(1) == 1 else torch.contiguous_format)
+
+
+def layout(t: Tensor) -> torch.memory_format:
+    """The memory format of a dense tensor."""
+    return torch.channels_last if t.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
 @cache

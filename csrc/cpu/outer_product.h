@@ -1,0 +1,118 @@
+// Sums over rows of outer products, g.T @ y: the weight gradients. Who works on which part of them, and their merging.
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace resfuse {
+
+// Sums of all shares together, bytes.
+constexpr int64_t outer_bytes = int64_t{64} << 20;
+// A share's sums beyond these bytes leave its cache; more rows at a time then make each visit worth it.
+constexpr int64_t near_bytes = 512 << 10;
+// Rows of the sum that are visited at a time.
+constexpr int64_t outer_block = 256;
+
+// `shares` of the rows times `parts` of g's channels. With one part, everything comes in one pass over the rows; with
+// more (many threads, few rows), the row products go first, over all threads, and the sums second.
+struct OuterGrid {
+  int64_t shares;
+  int64_t parts;
+  int64_t row_shares;  // of the row products' own pass
+  int64_t chunk;       // rows at a time
+
+  OuterGrid(int64_t rows, int64_t outer, int64_t inner) {
+    const int64_t bytes = outer * chunk_stride(inner) * static_cast<int64_t>(sizeof(float));
+    row_shares = share_count(rows, outer + inner);
+    chunk = chunk_rows * (bytes <= near_bytes ? 1 : bytes <= 4 * near_bytes ? 2 : 4);
+    // A share of fewer rows than one chunk spends more on its sums than on its products.
+    const int64_t worth = std::max<int64_t>(1, rows / chunk);
+    shares = std::max<int64_t>(1, std::min({row_shares, outer_bytes / std::max<int64_t>(1, bytes), worth}));
+    parts = std::min(row_shares / shares, (outer + panel_columns - 1) / panel_columns);
+  }
+
+  // The channels of a part: begin and end, multiples of 64 but for the last.
+  std::pair<int64_t, int64_t> channels(int64_t part, int64_t outer) const {
+    const int64_t panels = (outer + panel_columns - 1) / panel_columns;
+    return {panels * part / parts * panel_columns, std::min(outer, panels * (part + 1) / parts * panel_columns)};
+  }
+};
+
+// One share's sums [outer, stride].
+class OuterSum {
+ public:
+  OuterSum(int64_t outer, int64_t inner) : inner_(inner), stride_(chunk_stride(inner)), data_(outer * stride_) {}
+
+  // Rows first .. + count of the sum gain g.T @ y; g holds those channels alone. The first gain must not accumulate.
+  template <class E>
+  void add(int64_t first, int64_t count, int64_t rows, ByColumns<E> g, ByColumns<E> y, bool accumulate,
+           Ahead* ahead) {
+    for (int64_t i = 0; i < count; i += outer_block) {
+      multiply<E>(std::min(outer_block, count - i), inner_, depth_words<E>(rows), g.left(i), y.right(),
+                  data_ + (first + i) * stride_, stride_, accumulate, ahead);
+    }
+  }
+
+  const float* row(int64_t i) const { return data_ + i * stride_; }
+  float* row(int64_t i) { return data_ + i * stride_; }
+
+ private:
+  int64_t inner_;
+  int64_t stride_;
+  Buffer<float> data_;
+};
+
+struct MergeKernel {
+  const std::vector<std::unique_ptr<OuterSum>>* shares;
+  int64_t inner;
+  const float* less_rows;     // [outer] or null: less_rows[i] * less_columns[j] is subtracted
+  const float* less_columns;  // [inner]
+  float* out;                 // [outer, inner]
+
+  RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      float* __restrict__ o = out + i * inner;
+      const float* __restrict__ first = shares->front()->row(i);
+      for (int64_t j = 0; j < inner; ++j) o[j] = first[j];
+      for (size_t s = 1; s < shares->size(); ++s) {
+        const float* __restrict__ next = (*shares)[s]->row(i);
+        for (int64_t j = 0; j < inner; ++j) o[j] += next[j];
+      }
+      if (less_rows) {
+        for (int64_t j = 0; j < inner; ++j) o[j] -= less_rows[i] * less_columns[j];
+      }
+    }
+  }
+};
+
+using OuterSums = std::vector<std::unique_ptr<OuterSum>>;
+
+// One sum per share of a grid, none if there are no rows.
+inline OuterSums outer_sums(const OuterGrid& grid, int64_t rows, int64_t outer, int64_t inner) {
+  OuterSums sums(rows > 0 ? grid.shares : 0);
+  for (auto& sum : sums) sum = std::make_unique<OuterSum>(outer, inner);
+  return sums;
+}
+
+// The shares' sums added in order, [outer, inner].
+inline at::Tensor merged(
+    const OuterSums& shares, int64_t outer, int64_t inner, const float* less_rows = nullptr,
+    const float* less_columns = nullptr) {
+  if (shares.empty()) return at::zeros({outer, inner}, at::kFloat);
+  at::Tensor out = at::empty({outer, inner}, at::kFloat);
+  const MergeKernel kernel{&shares, inner, less_rows, less_columns, out.mutable_data_ptr<float>()};
+  const int64_t grain = std::max<int64_t>(1, least_elements / std::max<int64_t>(1, inner));
+  at::parallel_for(0, outer, grain, [&](int64_t begin, int64_t end) { run_best(kernel, begin, end); });
+  return out;
+}
+
+}  // namespace resfuse

@@ -1,0 +1,190 @@
+// The tiles: a few rows of a times one panel of b, accumulated in registers; one version per instruction set.
+#include "product.h"
+
+#include "isa.h"
+
+#if RESFUSE_X86
+#include <immintrin.h>
+#endif
+
+namespace resfuse {
+
+namespace {
+
+// Words of depth between two visits of c: a panel's part (64 KiB) then stays near for all rows.
+constexpr int64_t depth_block = 256;
+
+struct Tile {
+  const Word* a;
+  int64_t a_row;
+  int64_t a_depth;
+  const Word* b;
+  int64_t b_depth;
+  float* c;
+  int64_t c_row;
+  int64_t depth;
+  bool accumulate;
+};
+
+using TileFunction = void (*)(const Tile&);
+
+RESFUSE_HD float as_float(Word word) {
+  return bits_float(word);
+}
+
+// Any processor, float words: 16 columns at a time, which the compiler keeps in the registers it has.
+template <int rows>
+void tile_baseline(const Tile& t) {
+  constexpr int width = 16;
+  for (int64_t first = 0; first < panel_columns; first += width) {
+    float sum[rows][width];
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < width; ++j) sum[i][j] = t.accumulate ? t.c[i * t.c_row + first + j] : 0.0f;
+    }
+    for (int64_t k = 0; k < t.depth; ++k) {
+      for (int i = 0; i < rows; ++i) {
+        const float a = as_float(t.a[i * t.a_row + k * t.a_depth]);
+        for (int j = 0; j < width; ++j) sum[i][j] += a * as_float(t.b[k * t.b_depth + first + j]);
+      }
+    }
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < width; ++j) t.c[i * t.c_row + first + j] = sum[i][j];
+    }
+  }
+}
+
+#if RESFUSE_X86
+
+// 6 rows x 16 columns: 12 accumulators of the 16 registers.
+template <int rows>
+RESFUSE_AVX2 void tile_avx2(const Tile& t) {
+  for (int64_t first = 0; first < panel_columns; first += 16) {
+    __m256 sum[rows][2];
+    float* c = t.c + first;
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < 2; ++j) {
+        sum[i][j] = t.accumulate ? _mm256_loadu_ps(c + i * t.c_row + 8 * j) : _mm256_setzero_ps();
+      }
+    }
+    for (int64_t k = 0; k < t.depth; ++k) {
+      const float* b = reinterpret_cast<const float*>(t.b + k * t.b_depth + first);
+      const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+      for (int i = 0; i < rows; ++i) {
+        const __m256 a = _mm256_set1_ps(as_float(t.a[i * t.a_row + k * t.a_depth]));
+        sum[i][0] = _mm256_fmadd_ps(a, b0, sum[i][0]);
+        sum[i][1] = _mm256_fmadd_ps(a, b1, sum[i][1]);
+      }
+    }
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < 2; ++j) _mm256_storeu_ps(c + i * t.c_row + 8 * j, sum[i][j]);
+    }
+  }
+}
+
+// 6 rows x 64 columns: 24 accumulators of the 32 registers.
+template <int rows>
+RESFUSE_AVX512 void tile_avx512(const Tile& t) {
+  __m512 sum[rows][4];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      sum[i][j] = t.accumulate ? _mm512_loadu_ps(t.c + i * t.c_row + 16 * j) : _mm512_setzero_ps();
+    }
+  }
+  for (int64_t k = 0; k < t.depth; ++k) {
+    __m512 b[4];
+    for (int j = 0; j < 4; ++j) b[j] = _mm512_loadu_ps(t.b + k * t.b_depth + 16 * j);
+    for (int i = 0; i < rows; ++i) {
+      const __m512 a = _mm512_set1_ps(as_float(t.a[i * t.a_row + k * t.a_depth]));
+      for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_fmadd_ps(a, b[j], sum[i][j]);
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(t.c + i * t.c_row + 16 * j, sum[i][j]);
+  }
+}
+
+// The same for words of two bfloat16.
+template <int rows>
+RESFUSE_AVX512_BF16 void tile_avx512_bf16(const Tile& t) {
+  __m512 sum[rows][4];
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < 4; ++j) {
+      sum[i][j] = t.accumulate ? _mm512_loadu_ps(t.c + i * t.c_row + 16 * j) : _mm512_setzero_ps();
+    }
+  }
+  for (int64_t k = 0; k < t.depth; ++k) {
+    __m512bh b[4];
+    for (int j = 0; j < 4; ++j) b[j] = (__m512bh)_mm512_loadu_si512(t.b + k * t.b_depth + 16 * j);
+    for (int i = 0; i < rows; ++i) {
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(static_cast<int>(t.a[i * t.a_row + k * t.a_depth]));
+      for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], a, b[j]);
+    }
+  }
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(t.c + i * t.c_row + 16 * j, sum[i][j]);
+  }
+}
+
+#endif
+
+constexpr int64_t tile_rows = 6;
+
+// The tile for each count of rows up to 6 (index 0 is not used).
+#define RESFUSE_TILES(tile) {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>}
+
+const TileFunction* float_tiles() {
+  static constexpr TileFunction baseline[] = RESFUSE_TILES(tile_baseline);
+#if RESFUSE_X86
+  static constexpr TileFunction avx2[] = RESFUSE_TILES(tile_avx2);
+  static constexpr TileFunction avx512[] = RESFUSE_TILES(tile_avx512);
+  if (isa() >= Isa::avx512) return avx512;
+  if (isa() >= Isa::avx2) return avx2;
+#endif
+  return baseline;
+}
+
+const TileFunction* bfloat16_tiles() {
+#if RESFUSE_X86
+  static constexpr TileFunction avx512_bf16[] = RESFUSE_TILES(tile_avx512_bf16);
+  return avx512_bf16;
+#else
+  return nullptr;  // `multiplies_bfloat16` is false
+#endif
+}
+
+}  // namespace
+
+bool multiplies_bfloat16() {
+  return isa() >= Isa::avx512_bf16;
+}
+
+template <class E>
+void multiply(
+    int64_t rows, int64_t columns, int64_t depth, Left a, Right b, float* c, int64_t stride, bool accumulate,
+    Ahead* ahead) {
+  const TileFunction* tiles = sizeof(E) == sizeof(Word) ? float_tiles() : bfloat16_tiles();
+  const Word* a_words = static_cast<const Word*>(a.words);
+  const Word* b_words = static_cast<const Word*>(b.words);
+  const int64_t visits = (rows + tile_rows - 1) / tile_rows * ((columns + panel_columns - 1) / panel_columns) *
+                         ((depth + depth_block - 1) / depth_block);
+  const int64_t lines = ahead && visits > 0 ? (ahead->lines() + visits - 1) / visits : 0;
+  for (int64_t column = 0; column < columns; column += panel_columns) {
+    const Word* panel = b_words + column / panel_columns * b.panel;
+    int64_t k = 0;
+    do {  // at least once: a product without depth is zero
+      const int64_t block = depth - k < depth_block ? depth - k : depth_block;
+      for (int64_t row = 0; row < rows; row += tile_rows) {
+        const int64_t count = rows - row < tile_rows ? rows - row : tile_rows;
+        tiles[count]({a_words + row * a.row + k * a.depth, a.row, a.depth, panel + k * b.depth, b.depth,
+                      c + row * stride + column, stride, block, accumulate || k > 0});
+        if (lines) ahead->fetch(lines);
+      }
+      k += depth_block;
+    } while (k < depth);
+  }
+}
+
+template void multiply<float>(int64_t, int64_t, int64_t, Left, Right, float*, int64_t, bool, Ahead*);
+template void multiply<bfloat16>(int64_t, int64_t, int64_t, Left, Right, float*, int64_t, bool, Ahead*);
+
+}  // namespace resfuse

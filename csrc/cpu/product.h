@@ -1,0 +1,85 @@
+// c (+)= a @ b for a piece that stays in cache: the arithmetic of every kernel, single-threaded.
+//
+// Operands are read in words of 32 bits along the depth: one float, or two neighbouring bfloat16 whose products are
+// added in pairs. The left operand has any strides, so that it is also read transposed; the right one lies in panels of
+// 64 columns. Accumulation is float32.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/storage.h"
+
+namespace resfuse {
+
+using Word = uint32_t;
+constexpr int64_t panel_columns = 64;
+
+// Elements of a word: 1 float, 2 bfloat16.
+template <class E>
+constexpr int64_t word_elements = sizeof(Word) / sizeof(E);
+
+// a[i, k] is the word at row * i + depth * k.
+struct Left {
+  const void* words;
+  int64_t row;
+  int64_t depth;
+};
+
+// b[k, 64 * j + n] is the word at panel * j + depth * k + n. Columns up to a multiple of 64 are read.
+struct Right {
+  const void* words;
+  int64_t panel;
+  int64_t depth;
+};
+
+// Memory that is read after the product: fetched into the cache meanwhile, a few lines with every tile, so that the
+// time for memory and the time for arithmetic overlap.
+class Ahead {
+ public:
+  void add(const void* begin, int64_t bytes) {
+    if (count_ < 4 && bytes > 0) {
+      ranges_[count_++] = {static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes};
+    }
+  }
+
+  int64_t lines() const {
+    int64_t bytes = 0;
+    for (int i = current_; i < count_; ++i) bytes += ranges_[i].end - ranges_[i].next;
+    return (bytes + line_bytes - 1) / line_bytes;
+  }
+
+  void fetch(int64_t lines) {
+    while (lines-- > 0 && current_ < count_) {
+      Range& range = ranges_[current_];
+      __builtin_prefetch(range.next, 0, 2);
+      range.next += line_bytes;
+      if (range.next >= range.end) ++current_;
+    }
+  }
+
+ private:
+  static constexpr int64_t line_bytes = 64;
+  struct Range {
+    const char* next;
+    const char* end;
+  };
+  Range ranges_[4];
+  int count_ = 0;
+  int current_ = 0;
+};
+
+// c[i, n] = (accumulate ? c[i, n] : 0) + sum over k of a[i, k] * b[k, n], rows x columns, rows of c `stride` apart.
+// Columns of c up to a multiple of 64 are written. depth counts words.
+template <class E>
+void multiply(
+    int64_t rows, int64_t columns, int64_t depth, Left a, Right b, float* c, int64_t stride, bool accumulate,
+    Ahead* ahead = nullptr);
+
+// Whether this processor multiplies bfloat16 in words of two; elsewhere kernels widen them to float in cache.
+bool multiplies_bfloat16();
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+}  // namespace resfuse
