@@ -31,6 +31,14 @@ TORCH_LIBRARY(resfuse, m) {
         ", Tensor? mean, Tensor? wg) -> (Tensor products, Tensor sum_g, Tensor u)");
   m.def("expand_dgrad(" RESFUSE_MASKED ", Tensor? u, " RESFUSE_ACT
         ", Tensor wg, Tensor? q, Tensor? q_scale, Tensor? c, bool relu) -> Tensor");
+  m.def("expand_stats(Tensor weight, Tensor mean, Tensor cov) -> (Tensor mean, Tensor var)");
+  m.def("expand_coefficients(Tensor products, Tensor sum_g, Tensor weight, Tensor wg, Tensor mean, Tensor cov, "
+        "Tensor scale, Tensor invstd, int count) "
+        "-> (Tensor dgamma, Tensor dweight, Tensor q, Tensor q_scale, Tensor c)");
+  m.def("finalize(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps) "
+        "-> (Tensor scale, Tensor shift, Tensor invstd)");
+  m.def("update_running(Tensor mean, Tensor var, int count, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+        "Tensor(c!)? tracked, float? momentum) -> ()");
   m.def("bn_reduce(" RESFUSE_MASKED ", Tensor z, Tensor? scale, Tensor? shift, Tensor mean, Tensor invstd) "
         "-> (Tensor dbeta, Tensor dgamma)");
   m.def("bn_relu_max_pool(Tensor x, Tensor scale, Tensor shift, bool relu, int out_height, int out_width, int[] size, "

@@ -21,6 +21,26 @@ def check_views(**tensors: Tensor | None) -> None:
     _check(tensors, lambda t: t.stride(1) == 1 or _is_dense(t), "is not channels_last, nor a strided view of it")
 
 
+def check_vectors(dtype: torch.dtype = torch.float32, **vectors: Tensor | None) -> None:
+    """Raise Unsupported unless each vector is on the CPU, contiguous and of the dtype."""
+    reasons = []
+    for name, t in vectors.items():
+        if t is not None and not (t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous()):
+            reasons.append(Reason("vector", f"{name} is {t.dtype} on {t.device}, not contiguous {dtype} on the CPU"))
+    if reasons:
+        raise Unsupported(reasons)
+
+
+def check_stored(**matrices: Tensor) -> None:
+    """Raise Unsupported unless each matrix is on the CPU, contiguous and of a stored dtype."""
+    reasons = []
+    for name, t in matrices.items():
+        if t.dtype not in STORED or t.device.type != "cpu" or not t.is_contiguous():
+            reasons += unsupported(t.device.type, t.dtype) or [Reason("layout", f"{name} is not contiguous")]
+    if reasons:
+        raise Unsupported(reasons)
+
+
 def act(a: Act) -> tuple:
     """(x, x_scale, x_shift, x_relu)."""
     x, scale, shift, relu = a if isinstance(a, Norm) else (a, None, None, False)
