@@ -151,18 +151,24 @@ def bn_relu(
 
 
 class Form(NamedTuple):
-    """How a convolution's output is made and what becomes of it (`functions/unit.py`); rows: fewer than so many batch
-    rows have the form `recompute` instead, None: it depends on nothing."""
+    """How a convolution's output is made and what becomes of it (`functions/unit.py`).
+
+    rows: fewer than so many batch rows have the form `recompute` instead, and fewer than `few` the form `keep`; None: it
+    depends on nothing.
+    """
 
     kind: str
     rows: int | None = None
+    few: int = 0
 
     def __str__(self) -> str:
         return self.kind if self.rows is None else f"{self.kind} from {self.rows} rows"
 
     def at(self, rows: int, batch: bool) -> str:
         """The form for a number of rows, with batch or constant statistics."""
-        return RECOMPUTE if self.rows is not None and batch and rows < self.rows else self.kind
+        if self.rows is None or not batch or rows >= self.rows:
+            return self.kind
+        return KEEP if rows < self.few else RECOMPUTE
 
 
 def forms(convs: Sequence[ConvBN | Conv], shortcut: ConvBN | Conv | None) -> list[Form]:
@@ -185,7 +191,7 @@ def forms(convs: Sequence[ConvBN | Conv], shortcut: ConvBN | Conv | None) -> lis
         if isinstance(c, Conv):
             found.append(Form(COVARIANCE if pointwise and c.groups == 1 and whole else LINEAR))
         elif whole and cost.has_covariance_form(tuple(kernel), c.padding, c.groups, in_, out):
-            found.append(Form(COVARIANCE, cost.covariance_rows(in_, out, macs)))
+            found.append(Form(COVARIANCE, cost.covariance_rows(in_, out, macs), cost.few_rows(in_)))
         else:
             found.append(Form(RECOMPUTE if pointwise and out >= in_ * c.groups else KEEP))
     return found

@@ -36,8 +36,8 @@ struct ConvBackwardKernel {
     const int64_t size = chunk_size(end - begin, chunk);
     const int64_t stride = chunk_stride(std::min(backward_columns, inner));
     const Buffer<E> g_rows(size * g_stride), a_rows(outer ? size * a_stride : 0);
-    const Buffer<Word> g_pairs(outer ? pair_words<E>(size, g_stride) : 0);
-    const Buffer<Word> a_pairs(outer ? pair_words<E>(size, a_stride) : 0);
+    const Buffer<Word> g_columns(outer ? column_words<E>(size, columns) : 0);
+    const Buffer<Word> a_columns(outer ? column_words<E>(size, inner) : 0);
     const Buffer<float> product(weight ? chunk_rows * stride : 0);
     for (int64_t first = begin; first < end; first += size) {
       const int64_t count = std::min(size, end - first);
@@ -52,8 +52,9 @@ struct ConvBackwardKernel {
         Ahead ahead;
         if (begin_channel == 0 && columns == g.channels) g.fetch(ahead, first + size, size, end);
         fill_rows<E>(a, first, count, static_cast<E*>(a_rows), a_stride);
-        outer->add(begin_channel, columns, count, by_columns<E>(g_rows, count, columns, g_stride, g_pairs),
-                   by_columns<E>(a_rows, count, round_up(inner, panel_columns), a_stride, a_pairs), first > begin, &ahead);
+        const auto g_part = by_columns<E>(g_rows, count, round_up(columns, panel_columns), g_stride, g_columns);
+        const auto a_part = by_columns<E>(a_rows, count, round_up(inner, panel_columns), a_stride, a_columns);
+        outer->add<E>(begin_channel, columns, g_part, a_part, first > begin, ahead);
       }
     }
   }

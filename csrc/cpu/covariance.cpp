@@ -41,7 +41,7 @@ struct CovarianceKernel {
     const int64_t channels = a.z.channels, stride = chunk_stride(channels), padded = round_up(channels, panel_columns);
     const int64_t size = chunk_size(end - begin, covariance_rows);
     const Buffer<E> rows(size * stride);
-    const Buffer<Word> pairs(pair_words<E>(size, stride));
+    const Buffer<Word> columns(column_words<E>(size, channels));
     const Buffer<float> runs(covariance_runs * channels * panel_columns), mean(padded);
     for (int64_t chunk = begin; chunk < end; chunk += size) {
       const int64_t count = std::min(size, end - chunk);
@@ -56,23 +56,27 @@ struct CovarianceKernel {
         share->chunk_means.insert(share->chunk_means.end(), &mean[0], &mean[0] + channels);
         share->chunk_counts.push_back(static_cast<float>(count));
       }
-      const auto y = by_columns<E>(rows, count, padded, stride, pairs);
+      const auto y = by_columns<E>(rows, count, padded, stride, columns);
       for (int64_t first = part * panel_columns; first < channels; first += parts * panel_columns) {
-        add_products(y, first, depth_words<E>(count), runs);
+        add_products(y, first, runs);
       }
     }
   }
 
-  RESFUSE_HD void add_products(ByColumns<E> y, int64_t first, int64_t depth, float* runs) const {
+  // One panel of the products, from its own rows on.
+  RESFUSE_HD void add_products(ByColumns y, int64_t first, float* runs) const {
     const int64_t channels = a.z.channels, rows = channels - first;
-    const int64_t length = (depth + covariance_runs - 1) / covariance_runs, size = rows * panel_columns;
+    const int64_t length = (y.depth + covariance_runs - 1) / covariance_runs, size = rows * panel_columns;
     for (int64_t run = 0; run < covariance_runs; ++run) {
-      const int64_t begin = std::min(depth, run * length), words = std::min(depth, begin + length) - begin;
-      Left left = y.left(first);
+      const int64_t begin = std::min(y.depth, run * length), words = std::min(y.depth, begin + length) - begin;
       Right right = y.right(first);
-      left.words = static_cast<const Word*>(left.words) + begin * left.depth;
       right.words = static_cast<const Word*>(right.words) + begin * right.depth;
-      multiply<E>(rows, panel_columns, words, left, right, runs + run * size, panel_columns, false);
+      for (int64_t row = first; row < channels; row += panel_columns) {
+        Left left = y.left(row);
+        left.words = static_cast<const Word*>(left.words) + begin * left.depth;
+        multiply<E>(std::min(panel_columns, channels - row), panel_columns, words, left, right,
+                    runs + run * size + (row - first) * panel_columns, panel_columns, false);
+      }
     }
     const float* __restrict__ run0 = runs;
     const float* __restrict__ run1 = runs + size;
@@ -106,7 +110,8 @@ void add_between(
   const int64_t stride = chunk_stride(channels), padded = round_up(channels, panel_columns);
   int64_t chunks = 0;
   for (size_t s = 0; s < sums.size(); s += parts) chunks += sums[s].chunk_counts.size();
-  const Buffer<float> rows(chunks * stride), product(channels * panel_columns);
+  const Buffer<float> rows(chunks * stride), product(panel_columns * panel_columns);
+  const Buffer<Word> columns(column_words<float>(chunks, channels));
   int64_t r = 0;
   for (size_t s = 0; s < sums.size(); s += parts) {
     const CovarianceShare& share = sums[s];
@@ -118,13 +123,15 @@ void add_between(
       for (int64_t c = channels; c < padded; ++c) rows[r * stride + c] = 0.0f;
     }
   }
-  const ByColumns<float> m{rows, stride};
+  const ByColumns m = by_columns<float>(rows, chunks, padded, stride, columns);
   for (int64_t first = 0; first < channels; first += panel_columns) {
-    multiply<float>(channels - first, panel_columns, chunks, m.left(first), m.right(first), product, panel_columns,
-                    false);
-    for (int64_t i = first; i < channels; ++i) {
-      for (int64_t j = 0; j < panel_columns; ++j) {
-        total[i * padded + first + j] += product[(i - first) * panel_columns + j];
+    for (int64_t row = first; row < channels; row += panel_columns) {
+      const int64_t count = std::min(panel_columns, channels - row);
+      multiply<float>(count, panel_columns, chunks, m.left(row), m.right(first), product, panel_columns, false);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t j = 0; j < panel_columns; ++j) {
+          total[(row + i) * padded + first + j] += product[i * panel_columns + j];
+        }
       }
     }
   }

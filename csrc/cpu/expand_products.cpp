@@ -32,8 +32,8 @@ struct ExpandProductsKernel {
     const int64_t g_stride = chunk_stride(columns), a_stride = chunk_stride(inner);
     const int64_t size = chunk_size(end - begin, chunk);
     const Buffer<E> g_rows(size * g_stride), a_rows(outer ? size * a_stride : 0);
-    const Buffer<Word> g_pairs(outer ? pair_words<E>(size, g_stride) : 0);
-    const Buffer<Word> a_pairs(outer ? pair_words<E>(size, a_stride) : 0);
+    const Buffer<Word> g_columns(outer ? column_words<E>(size, columns) : 0);
+    const Buffer<Word> a_columns(outer ? column_words<E>(size, inner) : 0);
     const Buffer<float> sum(round_up(columns, panel_columns)), product(wg ? chunk_rows * a_stride : 0);
     for (int64_t first = begin; first < end; first += size) {
       const int64_t count = std::min(size, end - first);
@@ -54,8 +54,9 @@ struct ExpandProductsKernel {
         if constexpr (word_elements<E> == 1) {
           if (mean) subtract_mean(a_rows, count, a_stride);
         }
-        outer->add(begin_channel, columns, count, by_columns<E>(g_rows, count, columns, g_stride, g_pairs),
-                   by_columns<E>(a_rows, count, round_up(inner, panel_columns), a_stride, a_pairs), first > begin, &ahead);
+        const auto g_part = by_columns<E>(g_rows, count, round_up(columns, panel_columns), g_stride, g_columns);
+        const auto a_part = by_columns<E>(a_rows, count, round_up(inner, panel_columns), a_stride, a_columns);
+        outer->add<E>(begin_channel, columns, g_part, a_part, first > begin, ahead);
       }
     }
   }

@@ -94,12 +94,16 @@ struct CoefficientsKernel {
   RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
     const int64_t inner = weight.z.channels, stride = chunk_stride(inner), size = chunk_size(end - begin, chunk_rows);
     const Buffer<float> w(size * stride), weighed(size * stride), product(size * stride);
+    const Buffer<Word> w_columns(column_words<float>(size, inner)), weighed_columns(column_words<float>(size, inner));
+    Ahead ahead;
     for (int64_t first = begin; first < end; first += size) {
       const int64_t rows = std::min(size, end - first);
       fill_rows<float>(weight, first, rows, static_cast<float*>(w), stride);
       multiply<float>(rows, inner, inner, by_rows<float>(w, stride), cov->from(0), product, stride, false);
       for (int64_t r = 0; r < rows; ++r) write_row(first + r, w + r * stride, product + r * stride, weighed + r * stride);
-      q->add(0, inner, rows, ByColumns<float>{weighed, stride}, ByColumns<float>{w, stride}, first > begin, nullptr);
+      const auto left = by_columns<float>(weighed, rows, round_up(inner, panel_columns), stride, weighed_columns);
+      const auto right = by_columns<float>(w, rows, round_up(inner, panel_columns), stride, w_columns);
+      q->add<float>(0, inner, left, right, first > begin, ahead);
     }
   }
 
@@ -112,6 +116,7 @@ struct CoefficientsKernel {
     const float weigh = s * invstd[k] * own / count;
     const double share = static_cast<double>(sum_g[k]) / count;
     dgamma[k] = own;
+    for (int64_t j = inner; j < round_up(inner, panel_columns); ++j) weighed[j] = 0.0f;
     for (int64_t j = 0; j < inner; ++j) {
       dw[j] = s * (p[j] - less * product[j]);
       weighed[j] = weigh * w[j];

@@ -19,8 +19,9 @@ namespace resfuse {
 constexpr int64_t outer_bytes = int64_t{64} << 20;
 // A share's sums beyond these bytes leave its cache; more rows at a time then make each visit worth it.
 constexpr int64_t near_bytes = 512 << 10;
-// Rows of the sum that are visited at a time.
-constexpr int64_t outer_block = 256;
+
+// Columns of y that stay in cache while all of g's channels meet them.
+constexpr int64_t outer_columns = 256;
 
 // `shares` of the rows times `parts` of g's channels. With one part, everything comes in one pass over the rows; with
 // more (many threads, few rows), the row products go first, over all threads, and the sums second.
@@ -54,11 +55,12 @@ class OuterSum {
 
   // Rows first .. + count of the sum gain g.T @ y; g holds those channels alone. The first gain must not accumulate.
   template <class E>
-  void add(int64_t first, int64_t count, int64_t rows, ByColumns<E> g, ByColumns<E> y, bool accumulate,
-           Ahead* ahead) {
-    for (int64_t i = 0; i < count; i += outer_block) {
-      multiply<E>(std::min(outer_block, count - i), inner_, depth_words<E>(rows), g.left(i), y.right(),
-                  data_ + (first + i) * stride_, stride_, accumulate, ahead);
+  void add(int64_t first, int64_t count, ByColumns g, ByColumns y, bool accumulate, Ahead& ahead) {
+    for (int64_t j = 0; j < inner_; j += outer_columns) {
+      for (int64_t i = 0; i < count; i += panel_columns) {
+        multiply<E>(std::min(panel_columns, count - i), std::min(outer_columns, inner_ - j), g.depth, g.left(i),
+                    y.right(j), row(first + i) + j, stride_, accumulate, &ahead);
+      }
     }
   }
 

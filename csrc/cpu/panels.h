@@ -28,15 +28,6 @@ class Panels {
   Buffer<Word> words_;
 };
 
-template <class E>
-RESFUSE_HD Word word_of(E first, E second) {
-  if constexpr (word_elements<E> == 1) {
-    return float_bits(first);
-  } else {
-    return static_cast<Word>(first) | static_cast<Word>(second) << 16;
-  }
-}
-
 template <class E, class T>
 struct PackKernel {
   const T* w;

@@ -66,6 +66,15 @@ RESFUSE_HD E element(T stored) {
   }
 }
 
+template <class E>
+RESFUSE_HD Word word_of(E first, E second) {
+  if constexpr (word_elements<E> == 1) {
+    return float_bits(first);
+  } else {
+    return static_cast<Word>(first) | static_cast<Word>(second) << 16;
+  }
+}
+
 // Elements between two rows of a chunk in cache: whole panels, and not a power of two, which would share cache sets.
 constexpr int64_t chunk_stride(int64_t channels) {
   return round_up(channels, panel_columns) + 16;
@@ -89,16 +98,22 @@ RESFUSE_HD void fill_rows(const Activation<T>& a, int64_t first, int64_t count, 
   }
 }
 
-// Rows r and r + 1 of bfloat16 in one word, the form in which rows are the depth of a product; an odd last row meets 0.
-RESFUSE_HD void pair_rows(const bfloat16* rows, int64_t count, int64_t columns, int64_t stride, Word* out) {
-  for (int64_t r = 0; r < count; r += 2) {
-    const bfloat16* __restrict__ even = rows + r * stride;
-    const bfloat16* __restrict__ odd = even + stride;
-    Word* __restrict__ o = out + r / 2 * stride;
-    if (r + 1 < count) {
-      for (int64_t c = 0; c < columns; ++c) o[c] = static_cast<Word>(even[c]) | static_cast<Word>(odd[c]) << 16;
-    } else {
-      for (int64_t c = 0; c < columns; ++c) o[c] = static_cast<Word>(even[c]);
+// The rows of a chunk as the depth of a product, in panels [columns / 64][depth][64] of words: a float each, or rows r
+// and r + 1 of bfloat16, an odd last row with 0. Panels lie close together, where a chunk's columns are pages apart.
+template <class E>
+RESFUSE_HD void transpose_chunk(const E* rows, int64_t count, int64_t columns, int64_t stride, Word* out) {
+  constexpr int64_t step = word_elements<E>;
+  const int64_t depth = (count + step - 1) / step;
+  for (int64_t first = 0; first < columns; first += panel_columns) {
+    Word* __restrict__ o = out + first * depth;
+    for (int64_t r = 0; r < count; r += step, o += panel_columns) {
+      const E* __restrict__ even = rows + r * stride + first;
+      const E* __restrict__ odd = even + stride;
+      if (step == 2 && r + 1 < count) {
+        for (int64_t c = 0; c < panel_columns; ++c) o[c] = word_of(even[c], odd[c]);
+      } else {
+        for (int64_t c = 0; c < panel_columns; ++c) o[c] = word_of(even[c], E{});
+      }
     }
   }
 }
@@ -115,33 +130,29 @@ RESFUSE_HD Left by_rows(const E* chunk, int64_t stride) {
   return {chunk, stride / word_elements<E>, 1};
 }
 
-// A chunk as an operand whose rows are the depth: itself for floats, its paired rows for bfloat16.
-template <class E>
+// A chunk as an operand whose rows are the depth.
 struct ByColumns {
-  const void* words;
-  int64_t stride;
+  const Word* words;
+  int64_t depth;
 
-  RESFUSE_HD Left left(int64_t column = 0) const { return {static_cast<const Word*>(words) + column, 1, stride}; }
+  // 64 columns from `column`, a multiple of 64, on.
+  RESFUSE_HD Left left(int64_t column) const { return {words + column * depth, 1, panel_columns}; }
+  // All columns from there on.
   RESFUSE_HD Right right(int64_t column = 0) const {
-    return {static_cast<const Word*>(words) + column, panel_columns, stride};
+    return {words + column * depth, panel_columns * depth, panel_columns};
   }
 };
 
-// pairs: room for [ceil(count/2), stride] words, not used for floats.
+// columns: whole panels; words: room for `column_words`.
 template <class E>
-RESFUSE_HD ByColumns<E> by_columns(const E* chunk, int64_t count, int64_t columns, int64_t stride, Word* pairs) {
-  if constexpr (word_elements<E> == 1) {
-    return {chunk, stride};
-  } else {
-    pair_rows(chunk, count, columns, stride, pairs);
-    return {pairs, stride};
-  }
+RESFUSE_HD ByColumns by_columns(const E* chunk, int64_t count, int64_t columns, int64_t stride, Word* words) {
+  transpose_chunk(chunk, count, columns, stride, words);
+  return {words, depth_words<E>(count)};
 }
 
-// Words that `by_columns` needs for a chunk.
 template <class E>
-constexpr int64_t pair_words(int64_t count, int64_t stride) {
-  return word_elements<E> == 1 ? 0 : (count + 1) / 2 * stride;
+constexpr int64_t column_words(int64_t count, int64_t columns) {
+  return (count + word_elements<E> - 1) / word_elements<E> * round_up(columns, panel_columns);
 }
 
 }  // namespace resfuse

@@ -2,7 +2,8 @@
 
 It saves the convolution's output in both directions and costs, whatever the batch, two wide K*C^2 products
 (W @ cov and Q) besides the covariance itself. It is taken from `covariance_rows` rows on; below that the output is
-recomputed in backward from the activation that is kept anyway, which saves as much and costs one more product.
+recomputed in backward from the activation that is kept anyway, which saves as much and costs one more product. Below
+`few_rows` the output is so small beside the weights that it is kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ def covariance_rows(in_channels: int, out_channels: int, block_macs: int) -> int
     products = 2 * out_channels * in_channels**2
     # A covariance of C channels from fewer than a few C rows costs more than it tells.
     return max(4 * in_channels, math.ceil(products / per_row))
+
+
+def few_rows(in_channels: int) -> int:
+    """Rows below which the output [M, K] is kept: it then has fewer than twice the values of its weight [K, C]."""
+    return 2 * in_channels
 
 
 def has_covariance_form(kernel: tuple[int, int], padding: tuple[int, int], groups: int, in_: int, out: int) -> bool:
