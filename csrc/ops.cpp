@@ -1,7 +1,7 @@
 // The schema of every operator. Implementations register themselves where they are defined.
 //
-// A recipe comes as its tensor with `scale` and `shift`, absent where the tensor itself is meant. Tensors of no elements
-// stand for results that were not asked for.
+// A recipe comes as its tensor with `scale` and `shift`, absent where the tensor itself is meant. Tensors of no
+// elements stand for results that were not asked for.
 #include <torch/library.h>
 
 // The operands of interface.Sum and interface.Want.
@@ -23,6 +23,12 @@ TORCH_LIBRARY(resfuse, m) {
         ") -> (Tensor out, Tensor mask, Tensor mean, Tensor var)");
   m.def("bn_stats(Tensor z) -> (Tensor mean, Tensor var)");
   m.def("conv_stats(" RESFUSE_ACT ", Tensor weight, bool want_stats) -> (Tensor z, Tensor mean, Tensor var)");
+  m.def("conv_window(" RESFUSE_ACT ", Tensor weight, int[] stride, int[] padding, int[] dilation, int out_height, "
+        "int out_width, bool want_stats) -> (Tensor z, Tensor mean, Tensor var)");
+  m.def("conv_window_dgrad(" RESFUSE_GRADIENT ", Tensor weight, int height, int width, int[] padding, int[] dilation, "
+        "Tensor? add, Tensor? add_mask, Tensor? add_row_scale, float add_factor) -> Tensor");
+  m.def("conv_window_wgrad(" RESFUSE_GRADIENT ", " RESFUSE_ACT ", int[] size, int[] stride, int[] padding, "
+        "int[] dilation) -> Tensor");
   m.def("covariance(" RESFUSE_ACT ") -> (Tensor mean, Tensor cov)");
   m.def("expand(" RESFUSE_ACT ", Tensor weight, Tensor scale, Tensor shift, Tensor? second, Tensor? second_scale, "
         "Tensor? second_shift, bool second_relu, Tensor? second_weight, " RESFUSE_SUM

@@ -192,14 +192,18 @@ def test_finalize(dtype):
 GEOMETRIES = [
     (1, Geometry((1, 1), (0, 0), (1, 1), 1)), (3, Geometry((2, 1), (1, 1), (1, 1), 1)),
     (3, Geometry((1, 1), (2, 2), (2, 2), 2)), (1, Geometry((2, 2), (0, 0), (1, 1), 1)),
+    (3, Geometry((1, 1), (1, 1), (1, 1), 1)), (3, Geometry((1, 1), (2, 1), (2, 1), 1)),
+    (2, Geometry((1, 1), (0, 0), (1, 1), 1)), (3, Geometry((1, 1), (3, 3), (1, 1), 1)),
 ]
 
 
+@pytest.mark.parametrize("channels, outputs", [(6, 8), (20, 72)], ids=["few channels", "channels"])
 @pytest.mark.parametrize("kernel, geometry", GEOMETRIES)
-def test_conv_stats_and_conv_backward(kernel, geometry, dtype):
-    recipe, y = norm_of((2, 6, 5, 7), dtype)
-    filters = weight(8, 6 // geometry.groups * kernel**2, dtype).view(8, 6 // geometry.groups, kernel, kernel)
-    leaf = y.view(2, 5, 7, 6).permute(0, 3, 1, 2).requires_grad_()
+def test_conv_stats_and_conv_backward(kernel, geometry, channels, outputs, dtype):
+    recipe, y = norm_of((2, channels, 5, 7), dtype)
+    inner = channels // geometry.groups
+    filters = weight(outputs, inner * kernel**2, dtype).view(outputs, inner, kernel, kernel) / kernel
+    leaf = y.view(2, 5, 7, channels).permute(0, 3, 1, 2).requires_grad_()
     filters64 = filters.double().requires_grad_()
     expected = torch.nn.functional.conv2d(leaf, filters64, None, *geometry)
     z, stats = primitive("conv_stats")(recipe, filters, geometry, stats=True)
@@ -210,7 +214,7 @@ def test_conv_stats_and_conv_backward(kernel, geometry, dtype):
 
     dz = activation(*expected.shape, dtype=dtype, seed=9)
     da, dfilters = torch.autograd.grad(expected, (leaf, filters64), dz.double())
-    add = activation(2, 6, 5, 7, dtype=dtype, seed=11)
+    add = activation(2, channels, 5, 7, dtype=dtype, seed=11)
     ours, dweight = primitive("conv_backward")(dz, recipe, filters, geometry, add, (True, True))
     close(ours, da + add.double(), dtype)
     close(dweight, dfilters, dtype)

@@ -1,8 +1,8 @@
 // bn_reduce: the two sums of BatchNorm's backward, over all rows of a gradient dy (gradient.h) and z [M, C]:
 //   dbeta = sum(dy)     dgamma = invstd * sum(dy * (z - mean))
 //
-// dy is masked by relu(scale * z + shift) where shift is given. Reads M*C*s twice (dy, z). Sums in float32 over a chunk,
-// chunks in double, in order.
+// dy is masked by relu(scale * z + shift) where shift is given. Reads M*C*s twice (dy, z). Sums in float32 over a
+// chunk, chunks in double, in order.
 #include <torch/library.h>
 
 #include <vector>

@@ -32,27 +32,25 @@ struct ConvBackwardKernel {
 
   RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
     const int64_t inner = a.z.channels, columns = end_channel - begin_channel;
-    const int64_t g_stride = chunk_stride(columns), a_stride = chunk_stride(inner);
+    const int64_t a_stride = chunk_stride(inner);
     const int64_t size = chunk_size(end - begin, chunk);
     const int64_t stride = chunk_stride(std::min(backward_columns, inner));
-    const Buffer<E> g_rows(size * g_stride), a_rows(outer ? size * a_stride : 0);
-    const Buffer<Word> g_columns(outer ? column_words<E>(size, columns) : 0);
+    const Buffer<E> g_panels(size * round_up(columns, panel_columns)), a_rows(outer ? size * a_stride : 0);
+    const Buffer<Word> g_columns(outer && word_elements<E> == 2 ? column_words<E>(size, columns) : 0);
+    const PanelTaps<E> taps(columns, size);
     const Buffer<Word> a_columns(outer ? column_words<E>(size, inner) : 0);
     const Buffer<float> product(weight ? chunk_rows * stride : 0);
     for (int64_t first = begin; first < end; first += size) {
       const int64_t count = std::min(size, end - first);
-      fill_gradient<E>(g, first, count, begin_channel, columns, static_cast<E*>(g_rows), g_stride, nullptr);
+      fill_gradient_panels<E>(g, first, count, begin_channel, columns, static_cast<E*>(g_panels), nullptr);
       if (weight) {
-        Ahead ahead;
-        if (add) add->fetch(ahead, first, count, end);
-        if (outer) a.z.fetch(ahead, first, count, end);
-        write_row_products(g_rows, g_stride, first, count, product, stride, ahead);
+        write_row_products(g_panels, taps, first, count, product, stride);
       }
       if (outer) {
         Ahead ahead;
         if (begin_channel == 0 && columns == g.channels) g.fetch(ahead, first + size, size, end);
         fill_rows<E>(a, first, count, static_cast<E*>(a_rows), a_stride);
-        const auto g_part = by_columns<E>(g_rows, count, round_up(columns, panel_columns), g_stride, g_columns);
+        const auto g_part = panels_by_columns<E>(g_panels, count, columns, g_columns);
         const auto a_part = by_columns<E>(a_rows, count, round_up(inner, panel_columns), a_stride, a_columns);
         outer->add<E>(begin_channel, columns, g_part, a_part, first > begin, ahead);
       }
@@ -60,16 +58,15 @@ struct ConvBackwardKernel {
   }
 
   RESFUSE_HD void write_row_products(
-      const E* g_rows, int64_t g_stride, int64_t first, int64_t count, float* product, int64_t stride,
-      Ahead& ahead) const {
+      const E* g_panels, const PanelTaps<E>& taps, int64_t first, int64_t count, float* product, int64_t stride) const {
     const int64_t inner = a.z.channels;
+    const Taps panels = taps.at(count, g.channels);
     T piece[backward_columns];
     for (int64_t r = 0; r < count; r += chunk_rows) {
       const int64_t rows = std::min(chunk_rows, count - r);
       for (int64_t c = 0; c < inner; c += backward_columns) {
         const int64_t columns = std::min(backward_columns, inner - c);
-        multiply<E>(rows, columns, weight->depth(), by_rows<E>(g_rows + r * g_stride, g_stride), weight->from(c),
-                    product, stride, false, &ahead);
+        multiply_taps<E>(rows, columns, panels, g_panels, 1, taps.rows + r, weight->from(c), product, stride, false);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t row = first + r + i;
           const float* __restrict__ from = product + i * stride;
@@ -100,7 +97,8 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
   check_view_beside(x, "x", dout, inner);
   check_affine(x_scale, x_shift, "x_scale", "x_shift", inner);
   check_matrix(weight, "weight", dout.scalar_type(), outer, inner);
-  const GradientTensors beside{add ? *add : dout, add_mask, add_row_scale, add_factor, none, none, none, none, none, none};
+  const GradientTensors beside{add ? *add : dout, add_mask, add_row_scale, add_factor, none, none, none, none, none,
+                               none};
   if (add) {
     check_rows_beside(*add, "add", x, inner);
     beside.check();
@@ -115,7 +113,7 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
     using E = decltype(element);
     std::unique_ptr<Panels<E>> panels;
     if (want_input) {
-      panels = std::make_unique<Panels<E>>(outer, inner);
+      panels = std::make_unique<Panels<E>>(round_up(outer, panel_columns), inner);
       pack(data_of<T>(weight), *panels, outer);
     }
     const Gradient<T> added = beside.arguments<T>();

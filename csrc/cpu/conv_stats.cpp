@@ -1,7 +1,7 @@
 // conv_stats: a 1x1 convolution z = a @ W.T and the statistics of z as it was stored.
 //
-// a [M, C] is a tensor, a strided view or act(scale * x + shift), W [K, C]. Reads M*C*s (a) and K*C*s, writes M*K*s (z);
-// z's statistics are taken while its chunk is in cache. 2*M*K*C operations.
+// a [M, C] is a tensor, a strided view or act(scale * x + shift), W [K, C]. Reads M*C*s (a) and K*C*s, writes M*K*s
+// (z); z's statistics are taken while its chunk is in cache. 2*M*K*C operations.
 #include <torch/library.h>
 
 #include "isa.h"
@@ -22,14 +22,20 @@ struct ConvStatsKernel {
     const int64_t inner = a.z.channels, outer = weight->columns();
     const int64_t a_stride = chunk_stride(inner), stride = chunk_stride(outer);
     const int64_t size = chunk_size(end - begin, chunk_rows);
-    const Buffer<E> rows(size * a_stride);
+    const bool in_place = readable_in_place<E>(a);
+    const Buffer<E> rows(in_place ? 0 : size * a_stride);
     const Buffer<float> product(size * stride);
     for (int64_t chunk = begin; chunk < end; chunk += size) {
       const int64_t count = std::min(size, end - chunk);
-      fill_rows<E>(a, chunk, count, static_cast<E*>(rows), a_stride);
+      Left left = by_rows<E>(rows, a_stride);
+      if (in_place) {
+        left = {a.z.row(chunk), inner / word_elements<E>, 1};
+      } else {
+        fill_rows<E>(a, chunk, count, static_cast<E*>(rows), a_stride);
+      }
       Ahead ahead;
       a.z.fetch(ahead, chunk + size, size, end);
-      multiply<E>(count, outer, weight->depth(), by_rows<E>(rows, a_stride), weight->from(0), product, stride, false,
+      multiply<E>(count, outer, weight->depth(), left, weight->from(0), product, stride, false,
                   &ahead);
       for (int64_t r = 0; r < count; ++r) {
         const float* __restrict__ from = product + r * stride;

@@ -1,7 +1,8 @@
 // covariance: mean [C] and biased covariance [C, C] of the rows of an activation, of the values as products read them.
 //
 // One pass over a, M*C*s bytes, M*C*C operations (the lower half of panels). Products are accumulated in float32 over
-// short runs of rows (a long float32 sum costs a variance more than 4 eps kappa), chunks in double. Floats are centred about their chunk's mean, and the means' own covariance is added:
+// short runs of rows (a long float32 sum costs a variance more than 4 eps kappa), chunks in double. Floats are centred
+// about their chunk's mean, and the means' own covariance is added:
 //   M cov = sum over chunks of (y - m_c).T (y - m_c)  +  sum over chunks of n_c (m_c - mean) (m_c - mean).T
 // bfloat16 would be rounded by centring; there the products are corrected, cov = y.T y / M - mean mean.T, in double.
 #include <torch/library.h>
@@ -160,27 +161,27 @@ std::tuple<at::Tensor, at::Tensor> covariance(
   });
 
   // The parts of one share have the same sums and means; each has its own panels of the products.
-  CovarianceShare& total = sums.front();
-  for (int64_t s = 1; s < shares * parts; ++s) {
-    for (int64_t i = 0; i < size; ++i) total.products[i] += sums[s].products[i];
-    if (s % parts == 0) {
-      for (int64_t c = 0; c < channels; ++c) total.sum[c] += sums[s].sum[c];
-    }
+  std::vector<double> exact(channels, 0.0), between(centred ? size : 0, 0.0);
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t s = 0; s < shares * parts; s += parts) exact[c] += sums[s].sum[c];
+    exact[c] /= static_cast<double>(rows);
   }
-  std::vector<double> exact(channels);
-  for (int64_t c = 0; c < channels; ++c) exact[c] = total.sum[c] / static_cast<double>(rows);
-  if (centred) add_between(sums, parts, exact.data(), channels, total.products.data());
+  if (centred) add_between(sums, parts, exact.data(), channels, between.data());
   const at::Tensor mean = at::empty({channels}, at::kFloat), cov = at::empty({channels, channels}, at::kFloat);
   float* m = mean.mutable_data_ptr<float>();
   float* v = cov.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < channels; ++i) {
-    m[i] = static_cast<float>(exact[i]);
-    for (int64_t j = 0; j <= i; ++j) {
-      double value = total.products[i * padded + j] / static_cast<double>(rows);
-      if (!centred) value -= exact[i] * exact[j];
-      v[i * channels + j] = v[j * channels + i] = static_cast<float>(value);
+  at::parallel_for(0, channels, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      m[i] = static_cast<float>(exact[i]);
+      for (int64_t j = 0; j <= i; ++j) {
+        double value = centred ? between[i * padded + j] : 0.0;
+        for (const CovarianceShare& share : sums) value += share.products[i * padded + j];
+        value /= static_cast<double>(rows);
+        if (!centred) value -= exact[i] * exact[j];
+        v[i * channels + j] = v[j * channels + i] = static_cast<float>(value);
+      }
     }
-  }
+  });
   return {mean, cov};
 }
 

@@ -29,10 +29,10 @@ struct ExpandProductsKernel {
 
   RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
     const int64_t inner = a.z.channels, columns = end_channel - begin_channel;
-    const int64_t g_stride = chunk_stride(columns), a_stride = chunk_stride(inner);
-    const int64_t size = chunk_size(end - begin, chunk);
-    const Buffer<E> g_rows(size * g_stride), a_rows(outer ? size * a_stride : 0);
-    const Buffer<Word> g_columns(outer ? column_words<E>(size, columns) : 0);
+    const int64_t a_stride = chunk_stride(inner), size = chunk_size(end - begin, chunk);
+    const Buffer<E> g_panels(size * round_up(columns, panel_columns)), a_rows(outer ? size * a_stride : 0);
+    const Buffer<Word> g_columns(outer && word_elements<E> == 2 ? column_words<E>(size, columns) : 0);
+    const PanelTaps<E> taps(columns, size);
     const Buffer<Word> a_columns(outer ? column_words<E>(size, inner) : 0);
     const Buffer<float> sum(round_up(columns, panel_columns)), product(wg ? chunk_rows * a_stride : 0);
     for (int64_t first = begin; first < end; first += size) {
@@ -40,21 +40,21 @@ struct ExpandProductsKernel {
       if (total) {
         for (int64_t c = 0; c < columns; ++c) sum[c] = 0.0f;
       }
-      fill_gradient<E>(g, first, count, begin_channel, columns, static_cast<E*>(g_rows), g_stride,
-                       total ? static_cast<float*>(sum) : nullptr);
+      fill_gradient_panels<E>(g, first, count, begin_channel, columns, static_cast<E*>(g_panels),
+                              total ? static_cast<float*>(sum) : nullptr);
       if (total) {
         for (int64_t c = 0; c < columns; ++c) total[c] += sum[c];
       }
       Ahead ahead;
       if (begin_channel == 0 && columns == g.channels) g.fetch(ahead, first + size, size, end);
       if (outer) a.z.fetch(ahead, first + size, size, end);
-      if (wg) write_row_products(g_rows, g_stride, first, count, product, a_stride, outer ? nullptr : &ahead);
+      if (wg) write_row_products(g_panels, taps, first, count, product, a_stride);
       if (outer) {
         fill_rows<E>(a, first, count, static_cast<E*>(a_rows), a_stride);
         if constexpr (word_elements<E> == 1) {
           if (mean) subtract_mean(a_rows, count, a_stride);
         }
-        const auto g_part = by_columns<E>(g_rows, count, round_up(columns, panel_columns), g_stride, g_columns);
+        const auto g_part = panels_by_columns<E>(g_panels, count, columns, g_columns);
         const auto a_part = by_columns<E>(a_rows, count, round_up(inner, panel_columns), a_stride, a_columns);
         outer->add<E>(begin_channel, columns, g_part, a_part, first > begin, ahead);
       }
@@ -62,13 +62,12 @@ struct ExpandProductsKernel {
   }
 
   RESFUSE_HD void write_row_products(
-      const E* g_rows, int64_t g_stride, int64_t first, int64_t count, float* product, int64_t stride,
-      Ahead* ahead) const {
+      const E* g_panels, const PanelTaps<E>& taps, int64_t first, int64_t count, float* product, int64_t stride) const {
     const int64_t inner = a.z.channels;
+    const Taps panels = taps.at(count, g.channels);
     for (int64_t r = 0; r < count; r += chunk_rows) {
       const int64_t rows = std::min(chunk_rows, count - r);
-      multiply<E>(rows, inner, wg->depth(), by_rows<E>(g_rows + r * g_stride, g_stride), wg->from(0), product, stride,
-                  false, ahead);
+      multiply_taps<E>(rows, inner, panels, g_panels, 1, taps.rows + r, wg->from(0), product, stride, false);
       for (int64_t i = 0; i < rows; ++i) {
         const float* __restrict__ from = product + i * stride;
         T* __restrict__ to = u + (first + r + i) * inner;
@@ -108,7 +107,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products(
     using E = decltype(element);
     std::unique_ptr<Panels<E>> panels;
     if (wg) {
-      panels = std::make_unique<Panels<E>>(outer, inner);
+      panels = std::make_unique<Panels<E>>(round_up(outer, panel_columns), inner);
       pack(data_of<T>(*wg), *panels, outer);
     }
     const ExpandProductsKernel<T, E> whole{

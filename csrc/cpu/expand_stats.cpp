@@ -1,4 +1,4 @@
-// expand_stats: statistics of a @ W.T from those of a, and expand_coefficients: the [K, C] algebra of its backward pass.
+// expand_stats: statistics of a @ W.T from those of a; expand_coefficients: the [K, C] algebra of its backward pass.
 //
 //   mean3 = W @ mean     var3 = max(0, rowsum((W @ cov) * W))
 //   dgamma = invstd * rowsum(P * W)     dW = scale * (P - dgamma * invstd * (W @ cov))
@@ -58,7 +58,8 @@ struct StatsOfProductKernel {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> expand_stats(const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& cov) {
+std::tuple<at::Tensor, at::Tensor> expand_stats(
+    const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& cov) {
   const int64_t inner = mean.numel(), outer = weight.size(0);
   check_matrix(weight, "weight", weight.scalar_type(), outer, inner);
   check_vector(mean, "mean", inner);
@@ -100,7 +101,9 @@ struct CoefficientsKernel {
       const int64_t rows = std::min(size, end - first);
       fill_rows<float>(weight, first, rows, static_cast<float*>(w), stride);
       multiply<float>(rows, inner, inner, by_rows<float>(w, stride), cov->from(0), product, stride, false);
-      for (int64_t r = 0; r < rows; ++r) write_row(first + r, w + r * stride, product + r * stride, weighed + r * stride);
+      for (int64_t r = 0; r < rows; ++r) {
+        write_row(first + r, w + r * stride, product + r * stride, weighed + r * stride);
+      }
       const auto left = by_columns<float>(weighed, rows, round_up(inner, panel_columns), stride, weighed_columns);
       const auto right = by_columns<float>(w, rows, round_up(inner, panel_columns), stride, w_columns);
       q->add<float>(0, inner, left, right, first > begin, ahead);
@@ -121,6 +124,29 @@ struct CoefficientsKernel {
       dw[j] = s * (p[j] - less * product[j]);
       weighed[j] = weigh * w[j];
       c[j] += share * load(wg[k * inner + j]);
+    }
+  }
+};
+
+template <class T>
+struct RoundKernel {
+  const float* values;  // [C, C]
+  float power;
+  int64_t inner;
+  const float* mean;
+  T* q;
+  double* from_a;  // mean @ q of this share's rows
+
+  RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* __restrict__ from = values + i * inner;
+      T* __restrict__ to = q + i * inner;
+      double* __restrict__ sum = from_a;
+      const double weigh = mean[i];
+      for (int64_t j = 0; j < inner; ++j) {
+        to[j] = store<T>(from[j] / power);
+        sum[j] += weigh * load(to[j]);
+      }
     }
   }
 };
@@ -152,7 +178,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand_co
   pack(data_of<float>(cov), panels, inner);
   const int64_t shares = share_count(outer, inner * inner);
   OuterSums sums(shares);
-  std::vector<std::vector<double>> from_g(shares, std::vector<double>(inner, 0.0));
+  std::vector<std::vector<double>> from_g(shares, std::vector<double>(inner, 0.0)), from_a = from_g;
   with_type(weight, [&](auto stored) {
     using T = decltype(stored);
     for_shares(outer, shares, [&](int64_t share, int64_t begin, int64_t end) {
@@ -166,22 +192,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand_co
     });
     const at::Tensor whole = merged(sums, inner, inner);
     const float* values = data_of<float>(whole);
-    float largest = 0.0f;
-    for (int64_t i = 0; i < inner * inner; ++i) largest = std::max(largest, std::abs(values[i]));
-    const float power = power_of_two(largest);
-    *mutable_data_of<float>(q_scale) = power;
-    std::vector<double> from_a(inner, 0.0);
-    T* rounded = mutable_data_of<T>(q);
-    for (int64_t i = 0; i < inner; ++i) {
-      const double weigh = data_of<float>(mean)[i];
-      for (int64_t j = 0; j < inner; ++j) {
-        const T value = store<T>(values[i * inner + j] / power);
-        rounded[i * inner + j] = value;
-        from_a[j] += weigh * load(value);
+    std::vector<float> largest(inner, 0.0f);
+    at::parallel_for(0, inner, 32, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t j = 0; j < inner; ++j) largest[i] = std::max(largest[i], std::abs(values[i * inner + j]));
       }
-    }
+    });
+    const float power = power_of_two(inner ? *std::max_element(largest.begin(), largest.end()) : 0.0f);
+    *mutable_data_of<float>(q_scale) = power;
+    const RoundKernel<T> kernel{values, power, inner, data_of<float>(mean), mutable_data_of<T>(q), nullptr};
+    for_shares(inner, shares, [&](int64_t share, int64_t begin, int64_t end) {
+      auto own = kernel;
+      own.from_a = from_a[share].data();
+      run_best(own, begin, end);
+    });
     for (int64_t j = 0; j < inner; ++j) {
-      double value = -static_cast<double>(power) * from_a[j];
+      double value = 0.0;
+      for (const auto& share : from_a) value -= static_cast<double>(power) * share[j];
       for (const auto& share : from_g) value += share[j];
       mutable_data_of<float>(c)[j] = static_cast<float>(value);
     }

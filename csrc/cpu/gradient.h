@@ -134,4 +134,31 @@ RESFUSE_HD void fill_gradient(
   }
 }
 
+// The same in panels [columns / 64][count][64], as both products of a chunk read it: by rows, a panel after the other
+// (`PanelTaps`), and by columns (`panel_columns_of`).
+template <class E, class T>
+RESFUSE_HD void fill_gradient_panels(
+    const Gradient<T>& g, int64_t first_row, int64_t count, int64_t first, int64_t columns, E* out, float* sum) {
+  T piece[panel_columns];
+  for (int64_t c = 0; c < columns; c += panel_columns) {
+    const int64_t n = columns - c < panel_columns ? columns - c : panel_columns;
+    for (int64_t r = 0; r < count; ++r) {
+      E* __restrict__ o = out + (c * count + r * panel_columns);
+      if constexpr (sizeof(E) == sizeof(T)) {
+        gradient_row(g, first_row + r, first + c, n, o);
+      } else {
+        gradient_row(g, first_row + r, first + c, n, piece);
+        for (int64_t i = 0; i < n; ++i) o[i] = element<E>(piece[i]);
+      }
+      for (int64_t i = n; i < panel_columns; ++i) o[i] = E{};
+    }
+    if (sum) {
+      for (int64_t r = 0; r < count; ++r) {
+        const E* __restrict__ o = out + (c * count + r * panel_columns);
+        for (int64_t i = 0; i < n; ++i) sum[c + i] += load(o[i]);
+      }
+    }
+  }
+}
+
 }  // namespace resfuse

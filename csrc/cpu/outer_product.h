@@ -66,6 +66,7 @@ class OuterSum {
 
   const float* row(int64_t i) const { return data_ + i * stride_; }
   float* row(int64_t i) { return data_ + i * stride_; }
+  int64_t stride() const { return stride_; }
 
  private:
   int64_t inner_;

@@ -14,15 +14,20 @@ namespace {
 // Words of depth between two visits of c: a panel's part (64 KiB) then stays near for all rows.
 constexpr int64_t depth_block = 256;
 
+constexpr int64_t tile_rows = 6;
+
 struct Tile {
-  const Word* a;
-  int64_t a_row;
+  const Word* a[tile_rows];  // where each row begins
   int64_t a_depth;
   const Word* b;
   int64_t b_depth;
+  // The depth comes in `taps` pieces of `depth` words; piece t begins a_taps[t] behind a's rows and b_taps[t] behind b.
+  int64_t taps;
+  const int64_t* a_taps;
+  const int64_t* b_taps;
+  int64_t depth;
   float* c;
   int64_t c_row;
-  int64_t depth;
   bool accumulate;
 };
 
@@ -41,10 +46,13 @@ void tile_baseline(const Tile& t) {
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < width; ++j) sum[i][j] = t.accumulate ? t.c[i * t.c_row + first + j] : 0.0f;
     }
-    for (int64_t k = 0; k < t.depth; ++k) {
-      for (int i = 0; i < rows; ++i) {
-        const float a = as_float(t.a[i * t.a_row + k * t.a_depth]);
-        for (int j = 0; j < width; ++j) sum[i][j] += a * as_float(t.b[k * t.b_depth + first + j]);
+    for (int64_t tap = 0; tap < t.taps; ++tap) {
+      const Word* b = t.b + t.b_taps[tap] + first;
+      for (int64_t k = 0; k < t.depth; ++k) {
+        for (int i = 0; i < rows; ++i) {
+          const float a = as_float(t.a[i][t.a_taps[tap] + k * t.a_depth]);
+          for (int j = 0; j < width; ++j) sum[i][j] += a * as_float(b[k * t.b_depth + j]);
+        }
       }
     }
     for (int i = 0; i < rows; ++i) {
@@ -66,13 +74,17 @@ RESFUSE_AVX2 void tile_avx2(const Tile& t) {
         sum[i][j] = t.accumulate ? _mm256_loadu_ps(c + i * t.c_row + 8 * j) : _mm256_setzero_ps();
       }
     }
-    for (int64_t k = 0; k < t.depth; ++k) {
-      const float* b = reinterpret_cast<const float*>(t.b + k * t.b_depth + first);
-      const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
-      for (int i = 0; i < rows; ++i) {
-        const __m256 a = _mm256_set1_ps(as_float(t.a[i * t.a_row + k * t.a_depth]));
-        sum[i][0] = _mm256_fmadd_ps(a, b0, sum[i][0]);
-        sum[i][1] = _mm256_fmadd_ps(a, b1, sum[i][1]);
+    for (int64_t tap = 0; tap < t.taps; ++tap) {
+      const Word* a[rows];
+      for (int i = 0; i < rows; ++i) a[i] = t.a[i] + t.a_taps[tap];
+      const float* b = reinterpret_cast<const float*>(t.b + t.b_taps[tap] + first);
+      for (int64_t k = 0; k < t.depth; ++k, b += t.b_depth) {
+        const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+        for (int i = 0; i < rows; ++i) {
+          const __m256 x = _mm256_set1_ps(as_float(a[i][k * t.a_depth]));
+          sum[i][0] = _mm256_fmadd_ps(x, b0, sum[i][0]);
+          sum[i][1] = _mm256_fmadd_ps(x, b1, sum[i][1]);
+        }
       }
     }
     for (int i = 0; i < rows; ++i) {
@@ -90,12 +102,17 @@ RESFUSE_AVX512 void tile_avx512(const Tile& t) {
       sum[i][j] = t.accumulate ? _mm512_loadu_ps(t.c + i * t.c_row + 16 * j) : _mm512_setzero_ps();
     }
   }
-  for (int64_t k = 0; k < t.depth; ++k) {
-    __m512 b[4];
-    for (int j = 0; j < 4; ++j) b[j] = _mm512_loadu_ps(t.b + k * t.b_depth + 16 * j);
-    for (int i = 0; i < rows; ++i) {
-      const __m512 a = _mm512_set1_ps(as_float(t.a[i * t.a_row + k * t.a_depth]));
-      for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_fmadd_ps(a, b[j], sum[i][j]);
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const Word* a[rows];
+    for (int i = 0; i < rows; ++i) a[i] = t.a[i] + t.a_taps[tap];
+    const Word* b = t.b + t.b_taps[tap];
+    for (int64_t k = 0; k < t.depth; ++k, b += t.b_depth) {
+      __m512 v[4];
+      for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_ps(b + 16 * j);
+      for (int i = 0; i < rows; ++i) {
+        const __m512 x = _mm512_set1_ps(as_float(a[i][k * t.a_depth]));
+        for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_fmadd_ps(x, v[j], sum[i][j]);
+      }
     }
   }
   for (int i = 0; i < rows; ++i) {
@@ -112,12 +129,17 @@ RESFUSE_AVX512_BF16 void tile_avx512_bf16(const Tile& t) {
       sum[i][j] = t.accumulate ? _mm512_loadu_ps(t.c + i * t.c_row + 16 * j) : _mm512_setzero_ps();
     }
   }
-  for (int64_t k = 0; k < t.depth; ++k) {
-    __m512bh b[4];
-    for (int j = 0; j < 4; ++j) b[j] = (__m512bh)_mm512_loadu_si512(t.b + k * t.b_depth + 16 * j);
-    for (int i = 0; i < rows; ++i) {
-      const __m512bh a = (__m512bh)_mm512_set1_epi32(static_cast<int>(t.a[i * t.a_row + k * t.a_depth]));
-      for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], a, b[j]);
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const Word* a[rows];
+    for (int i = 0; i < rows; ++i) a[i] = t.a[i] + t.a_taps[tap];
+    const Word* b = t.b + t.b_taps[tap];
+    for (int64_t k = 0; k < t.depth; ++k, b += t.b_depth) {
+      __m512bh v[4];
+      for (int j = 0; j < 4; ++j) v[j] = (__m512bh)_mm512_loadu_si512(b + 16 * j);
+      for (int i = 0; i < rows; ++i) {
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i][k * t.a_depth]));
+        for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], x, v[j]);
+      }
     }
   }
   for (int i = 0; i < rows; ++i) {
@@ -126,8 +148,6 @@ RESFUSE_AVX512_BF16 void tile_avx512_bf16(const Tile& t) {
 }
 
 #endif
-
-constexpr int64_t tile_rows = 6;
 
 // The tile for each count of rows up to 6 (index 0 is not used).
 #define RESFUSE_TILES(tile) {nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>}
@@ -168,6 +188,7 @@ void multiply(
   const int64_t visits = (rows + tile_rows - 1) / tile_rows * ((columns + panel_columns - 1) / panel_columns) *
                          ((depth + depth_block - 1) / depth_block);
   const int64_t lines = ahead && visits > 0 ? (ahead->lines() + visits - 1) / visits : 0;
+  const int64_t here = 0;
   for (int64_t column = 0; column < columns; column += panel_columns) {
     const Word* panel = b_words + column / panel_columns * b.panel;
     int64_t k = 0;
@@ -175,8 +196,10 @@ void multiply(
       const int64_t block = depth - k < depth_block ? depth - k : depth_block;
       for (int64_t row = 0; row < rows; row += tile_rows) {
         const int64_t count = rows - row < tile_rows ? rows - row : tile_rows;
-        tiles[count]({a_words + row * a.row + k * a.depth, a.row, a.depth, panel + k * b.depth, b.depth,
-                      c + row * stride + column, stride, block, accumulate || k > 0});
+        Tile tile{{}, a.depth, panel + k * b.depth, b.depth, 1, &here, &here, block, c + row * stride + column, stride,
+                  accumulate || k > 0};
+        for (int64_t i = 0; i < count; ++i) tile.a[i] = a_words + (row + i) * a.row + k * a.depth;
+        tiles[count](tile);
         if (lines) ahead->fetch(lines);
       }
       k += depth_block;
@@ -184,7 +207,34 @@ void multiply(
   }
 }
 
+template <class E>
+void multiply_taps(
+    int64_t rows, int64_t columns, const Taps& taps, const void* a, int64_t a_depth, const int64_t* a_rows, Right b,
+    float* c, int64_t stride, bool accumulate) {
+  const TileFunction* tiles = sizeof(E) == sizeof(Word) ? float_tiles() : bfloat16_tiles();
+  const Word* a_words = static_cast<const Word*>(a);
+  const Word* b_words = static_cast<const Word*>(b.words);
+  const int64_t most = taps.depth > 0 && 2 * depth_block / taps.depth > 0 ? 2 * depth_block / taps.depth : 1;
+  for (int64_t column = 0; column < columns; column += panel_columns) {
+    const Word* panel = b_words + column / panel_columns * b.panel;
+    for (int64_t tap = 0; tap < taps.count; tap += most) {
+      const int64_t block = taps.count - tap < most ? taps.count - tap : most;
+      for (int64_t row = 0; row < rows; row += tile_rows) {
+        const int64_t count = rows - row < tile_rows ? rows - row : tile_rows;
+        Tile tile{{}, a_depth, panel, b.depth, block, taps.a + tap, taps.b + tap, taps.depth,
+                  c + row * stride + column, stride, accumulate || tap > 0};
+        for (int64_t i = 0; i < count; ++i) tile.a[i] = a_words + a_rows[row + i];
+        tiles[count](tile);
+      }
+    }
+  }
+}
+
 template void multiply<float>(int64_t, int64_t, int64_t, Left, Right, float*, int64_t, bool, Ahead*);
 template void multiply<bfloat16>(int64_t, int64_t, int64_t, Left, Right, float*, int64_t, bool, Ahead*);
+template void multiply_taps<float>(
+    int64_t, int64_t, const Taps&, const void*, int64_t, const int64_t*, Right, float*, int64_t, bool);
+template void multiply_taps<bfloat16>(
+    int64_t, int64_t, const Taps&, const void*, int64_t, const int64_t*, Right, float*, int64_t, bool);
 
 }  // namespace resfuse

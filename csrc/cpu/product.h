@@ -75,6 +75,21 @@ void multiply(
     int64_t rows, int64_t columns, int64_t depth, Left a, Right b, float* c, int64_t stride, bool accumulate,
     Ahead* ahead = nullptr);
 
+// A depth in `count` pieces of `depth` words: piece t begins a[t] words behind the left operand's rows and b[t] behind
+// the right one's panels.
+struct Taps {
+  int64_t count;
+  int64_t depth;
+  const int64_t* a;
+  const int64_t* b;
+};
+
+// As `multiply`, for a convolution: row i of the left operand begins at word a_rows[i], the depth comes in pieces.
+template <class E>
+void multiply_taps(
+    int64_t rows, int64_t columns, const Taps& taps, const void* a, int64_t a_depth, const int64_t* a_rows, Right b,
+    float* c, int64_t stride, bool accumulate);
+
 // Whether this processor multiplies bfloat16 in words of two; elsewhere kernels widen them to float in cache.
 bool multiplies_bfloat16();
 

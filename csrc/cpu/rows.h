@@ -5,6 +5,7 @@
 
 #include "../common/scalar.h"
 #include "../common/storage.h"
+#include "parallel.h"
 #include "product.h"
 
 namespace resfuse {
@@ -118,6 +119,12 @@ RESFUSE_HD void transpose_chunk(const E* rows, int64_t count, int64_t columns, i
   }
 }
 
+// Whether the rows can be a left operand where they are.
+template <class E, class T>
+bool readable_in_place(const Activation<T>& a) {
+  return sizeof(E) == sizeof(T) && !a.is_norm() && a.z.dense && a.z.channels % word_elements<E> == 0;
+}
+
 // Words of depth that `count` elements fill.
 template <class E>
 RESFUSE_HD int64_t depth_words(int64_t count) {
@@ -140,6 +147,40 @@ struct ByColumns {
   // All columns from there on.
   RESFUSE_HD Right right(int64_t column = 0) const {
     return {words + column * depth, panel_columns * depth, panel_columns};
+  }
+};
+
+// A chunk that lies in panels [columns / 64][count][64] already: itself for floats, paired rows for bfloat16.
+template <class E>
+RESFUSE_HD ByColumns panels_by_columns(const E* panels, int64_t count, int64_t columns, Word* words) {
+  if constexpr (word_elements<E> == 1) {
+    return {reinterpret_cast<const Word*>(panels), count};
+  } else {
+    for (int64_t c = 0; c < columns; c += panel_columns) {
+      transpose_chunk(panels + c * count, count, panel_columns, panel_columns, words + c * depth_words<E>(count));
+    }
+    return {words, depth_words<E>(count)};
+  }
+}
+
+// How rows of such a chunk are read as a left operand: a piece of the depth for each panel.
+template <class E>
+struct PanelTaps {
+  static constexpr int64_t depth = panel_columns / word_elements<E>;
+  Buffer<int64_t> a, b, rows;
+
+  // columns: of the chunk; most: rows of it.
+  PanelTaps(int64_t columns, int64_t most)
+      : a(columns / panel_columns + 1), b(columns / panel_columns + 1), rows(most) {
+    for (int64_t i = 0; i < most; ++i) rows[i] = i * depth;
+    for (int64_t t = 0; t * panel_columns < columns; ++t) b[t] = t * depth * panel_columns;
+  }
+
+  // For a chunk of `count` rows.
+  Taps at(int64_t count, int64_t columns) const {
+    const int64_t taps = (columns + panel_columns - 1) / panel_columns;
+    for (int64_t t = 0; t < taps; ++t) a[t] = t * count * depth;
+    return {taps, depth, a, b};
   }
 };
 

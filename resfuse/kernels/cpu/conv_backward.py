@@ -1,4 +1,7 @@
-"""conv_backward: a 1x1's gradients in one pass (`csrc/cpu/conv_backward.cpp`), other convolutions' by the vendor."""
+"""conv_backward: a convolution's gradients from recipes (`csrc/cpu/conv_backward.cpp`, `csrc/cpu/conv_window*.cpp`).
+
+Grouped convolutions and the input gradient of strided ones are the vendor's.
+"""
 
 from torch import Tensor
 
@@ -7,28 +10,51 @@ from ..interface import Act, Addend, BNGrad, Geometry, Grad, Masked, Strided
 from ..vendor import conv_grads
 from . import _operands
 from .bn_dgrad import bn_dgrad
-from .conv_stats import is_product, materialised
+from .conv_stats import is_product, is_window, materialised
 from .select import select
+
+NO_ADDEND = (None, None, None, 1.0)
 
 
 def conv_backward(
     grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     gradient, activation = _operands.gradient(grad), _operands.act(a)
-    if is_product(weight, geometry) and geometry.stride == (1, 1):
-        inside = None if isinstance(add, Strided) else add
-        beside = (None, None, None, 1.0) if inside is None else _operands.masked(inside)
+    stride, padding, dilation, _ = geometry
+    inside = None if isinstance(add, Strided) or not needs[0] else add
+    beside = NO_ADDEND if inside is None else _operands.masked(inside)
+    native, da, dweight, added = _native.load(), None, None, inside is None
+    if is_product(weight, geometry) and stride == (1, 1):
         matrix = weight.flatten(1).contiguous()
-        da, dweight = _native.load().conv_backward(*gradient, *activation, matrix, *beside, *needs)
+        da, dweight = native.conv_backward(*gradient, *activation, matrix, *beside, *needs)
         da, dweight = da if needs[0] else None, dweight.view(weight.shape) if needs[1] else None
+        added = True
     else:
-        dz = bn_dgrad(grad) if isinstance(grad, BNGrad) else select(grad) if isinstance(grad, Masked) else grad
-        da, dweight = conv_grads(dz, materialised(a), weight, geometry, needs)
-        inside = None
-    if da is not None and add is not None and inside is None:
-        if isinstance(add, Strided):
-            rows, columns = add.stride
-            da[:, :, ::rows, ::columns] += add.compact
-        else:
-            da += select(add) if isinstance(add, Masked) else add
+        height, width = activation[0].shape[2:]
+        window = is_window(weight, geometry)
+        turned = window and stride == (1, 1) and all(
+            p <= d * (s - 1) for p, d, s in zip(padding, dilation, weight.shape[2:], strict=True)
+        )
+        if needs[0] and turned:
+            da = native.conv_window_dgrad(*gradient, weight, height, width, padding, dilation, *beside)
+            added = True
+        if needs[1] and window:
+            size = weight.shape[2:]
+            dweight = native.conv_window_wgrad(*gradient, *activation, size, stride, padding, dilation)
+        rest = needs[0] and da is None, needs[1] and dweight is None
+        if any(rest):
+            theirs = conv_grads(tensor(grad), materialised(a), weight, geometry, rest)
+            da, dweight = da if theirs[0] is None else theirs[0], dweight if theirs[1] is None else theirs[1]
+    if da is not None and not added:
+        da += select(inside) if isinstance(inside, Masked) else inside
+    if da is not None and isinstance(add, Strided):
+        rows, columns = add.stride
+        da[:, :, ::rows, ::columns] += add.compact
     return da, dweight
+
+
+def tensor(grad: Grad) -> Tensor:
+    """The gradient as a tensor."""
+    if isinstance(grad, BNGrad):
+        return bn_dgrad(grad)
+    return select(grad) if isinstance(grad, Masked) else grad

@@ -1,4 +1,5 @@
-"""conv_stats: 1x1 convolutions with the statistics taken in cache (`csrc/cpu/conv_stats.cpp`), others by the vendor."""
+"""conv_stats: convolutions with the statistics taken in cache (`csrc/cpu/conv_stats.cpp`, `conv_window.cpp`), grouped
+ones by the vendor."""
 
 from torch import Tensor
 
@@ -12,6 +13,15 @@ from .bn_stats import bn_stats
 
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
     x, scale, shift, relu = _operands.act(a)
+    if is_window(weight, geometry):
+        sides = zip(x.shape[2:], weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True)
+        height, width = (
+            (length + 2 * pad - spread * (size - 1) - 1) // step + 1 for length, size, step, pad, spread in sides
+        )
+        z, mean, var = _native.load().conv_window(
+            x, scale, shift, relu, weight, *geometry[:3], height, width, stats
+        )
+        return z, Stats(mean, var) if stats else None
     if not is_product(weight, geometry):
         z = conv(materialised(a), weight, geometry)
         return z, bn_stats(z) if stats else None
@@ -20,9 +30,18 @@ def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple
     return z, Stats(mean, var) if stats else None
 
 
+# Fewer fill too little of a panel of 64 columns.
+LEAST_CHANNELS = 16
+
+
 def is_product(weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution is a 1x1 without groups and padding, any stride."""
     return weight.shape[2:] == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+
+
+def is_window(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution has a window of its own kernels: no groups, channels enough to fill their panels."""
+    return not is_product(weight, geometry) and geometry.groups == 1 and min(weight.shape[:2]) >= LEAST_CHANNELS
 
 
 def materialised(a: Act) -> Tensor:

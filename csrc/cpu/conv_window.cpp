@@ -1,0 +1,190 @@
+// conv_window: convolutions with a window and their statistics, and the gradient of their input, which is one too.
+//
+//   z[n, p, q] = sum over taps (r, s) of a[n, p*sh - ph + r*dh, q*sw - pw + s*dw] @ W[:, :, r, s].T
+//   da = the same of dz with W turned round and transposed, + add                                (stride 1)
+//
+// a and dz are made from their recipes in cache, block by block (window.h); nine taps read them there. Reads M*C*s and
+// the lines that neighbouring blocks share, writes M*K*s. 2*M*K*C*R*S operations.
+#include <torch/library.h>
+
+#include "gradient_tensors.h"
+#include "isa.h"
+#include "moments.h"
+#include "panels.h"
+#include "window.h"
+
+namespace resfuse {
+
+// Pixels of a block, and columns of its product in cache at a time.
+constexpr int64_t window_pixels = 264;
+constexpr int64_t window_columns = 256;
+
+// What a convolution reads: an activation, or a gradient.
+template <class T>
+struct Source {
+  Activation<T> a;
+  Gradient<T> g;  // if dout is there, instead of a
+
+  RESFUSE_HD int64_t channels() const { return g.dout ? g.channels : a.z.channels; }
+
+  template <class E>
+  RESFUSE_HD void fill(int64_t row, int64_t count, E* out, int64_t stride) const {
+    if (g.dout) {
+      fill_gradient<E>(g, row, count, 0, g.channels, out, stride, nullptr);
+    } else {
+      fill_rows<E>(a, row, count, out, stride);
+    }
+  }
+};
+
+template <class T, class E>
+struct WindowKernel {
+  Blocks blocks;
+  Source<T> source;
+  const Panels<E>* weight;  // [taps, C, K]
+  const Gradient<T>* add;   // or null
+  T* out;
+  Moments* moments;  // of this share, or null
+
+  // Blocks begin .. end.
+  RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
+    const int64_t outer = weight->columns(), stride = chunk_stride(source.channels());
+    const int64_t product_stride = chunk_stride(std::min(window_columns, outer));
+    const Buffer<E> pixels(blocks.source_pixels() * stride);
+    const Buffer<float> product(blocks.pixels() * product_stride);
+    const Buffer<int64_t> corners(blocks.pixels()), a_taps(blocks.w.taps()), b_taps(blocks.w.taps());
+    const int64_t words = stride / word_elements<E>;
+    for (int64_t i = 0; i < blocks.pixels(); ++i) corners[i] = blocks.corner(i) * words;
+    for (int64_t t = 0; t < blocks.w.taps(); ++t) {
+      const int64_t r = t / blocks.w.columns, s = t % blocks.w.columns;
+      a_taps[t] = (r * blocks.w.dilation_h * blocks.w.line_pixels() + s * blocks.w.dilation_w) * words;
+      b_taps[t] = t * weight->depth() * panel_columns;
+    }
+    const Taps taps{blocks.w.taps(), weight->depth(), a_taps, b_taps};
+    for (int64_t index = begin; index < end; ++index) {
+      const Block block = blocks.at(index);
+      const int64_t first = blocks.first_row(block), count = blocks.row_count(block);
+      fill_block<E>(blocks, block, static_cast<E*>(pixels), stride, Filler{&source, stride});
+      for (int64_t c = 0; c < outer; c += window_columns) {
+        const int64_t columns = std::min(window_columns, outer - c);
+        multiply_taps<E>(count, columns, taps, pixels, 1, corners, weight->from(c), product, product_stride, false);
+        write(first, count, c, columns, product, product_stride);
+      }
+      if (moments) moments->add(out + first * outer, count, outer);
+    }
+  }
+
+  struct Filler {
+    const Source<T>* source;
+    int64_t stride;
+    RESFUSE_HD void operator()(int64_t row, int64_t count, E* out) const { source->fill(row, count, out, stride); }
+  };
+
+  RESFUSE_HD void write(
+      int64_t first, int64_t count, int64_t column, int64_t columns, const float* product, int64_t stride) const {
+    T piece[window_columns];
+    for (int64_t r = 0; r < count; ++r) {
+      const float* __restrict__ from = product + r * stride;
+      T* __restrict__ to = out + (first + r) * weight->columns() + column;
+      if (add) {
+        masked_row(*add, first + r, column, columns, piece);
+        for (int64_t j = 0; j < columns; ++j) to[j] = store<T>(from[j] + load(piece[j]));
+      } else {
+        for (int64_t j = 0; j < columns; ++j) to[j] = store<T>(from[j]);
+      }
+    }
+  }
+};
+
+template <class T, class E>
+void run_window(
+    const ConvWindow& window, const Source<T>& source, const Panels<E>& weight, const Gradient<T>* add, T* out,
+    std::vector<Moments>* moments) {
+  const Blocks blocks(window, window_pixels);
+  const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), blocks.count()));
+  if (moments) moments->assign(shares, Moments(weight.columns()));
+  at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      run_best(WindowKernel<T, E>{blocks, source, &weight, add, out, moments ? &(*moments)[s] : nullptr},
+               blocks.count() * s / shares, blocks.count() * (s + 1) / shares);
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_window(
+    const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, bool x_relu,
+    const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    int64_t out_height, int64_t out_width, bool want_stats) {
+  check_view(x, "x");
+  check_affine(x_scale, x_shift, "x_scale", "x_shift", x.size(1));
+  check_same_dtype(weight, "weight", x);
+  TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1), "weight must have shape [K, ", x.size(1),
+              ", R, S], not ", weight.sizes());
+  const int64_t inner = x.size(1), outer = weight.size(0);
+  const ConvWindow window{x.size(0), x.size(2), x.size(3),  out_height, out_width,   weight.size(2), weight.size(3),
+                          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  const at::Tensor z =
+      at::empty({x.size(0), outer, out_height, out_width}, x.options(), at::MemoryFormat::ChannelsLast);
+  std::vector<Moments> moments;
+  with_types(x, [&](auto stored, auto element) {
+    using T = decltype(stored);
+    using E = decltype(element);
+    Panels<E> panels(inner, outer, window.taps());
+    for (int64_t t = 0; t < window.taps(); ++t) {
+      const T* tap = data_of<T>(weight) + t / window.columns * weight.stride(2) + t % window.columns * weight.stride(3);
+      pack_tap(tap, panels, inner, weight.stride(1), weight.stride(0), t);
+    }
+    const Source<T> source{activation_of<T>(x, x_scale, x_shift, x_relu), Gradient<T>{}};
+    run_window<T, E>(window, source, panels, nullptr, mutable_data_of<T>(z), want_stats ? &moments : nullptr);
+  });
+  if (!want_stats) return {z, at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
+  auto [mean, var] = merged(moments);
+  return {z, mean, var};
+}
+
+at::Tensor conv_window_dgrad(
+    const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
+    const OptionalTensor& z, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& mean,
+    const OptionalTensor& mean_dy, const OptionalTensor& slope, const at::Tensor& weight, int64_t height,
+    int64_t width, at::IntArrayRef padding, at::IntArrayRef dilation, const OptionalTensor& add,
+    const OptionalTensor& add_mask, const OptionalTensor& add_row_scale, double add_factor) {
+  const OptionalTensor none;
+  const GradientTensors g{dout, mask, row_scale, factor, z, scale, shift, mean, mean_dy, slope};
+  g.check();
+  check_same_dtype(weight, "weight", dout);
+  TORCH_CHECK(weight.dim() == 4 && weight.size(0) == dout.size(1), "weight must have shape [", dout.size(1),
+              ", C, R, S], not ", weight.sizes());
+  const int64_t outer = dout.size(1), inner = weight.size(1), rows = weight.size(2), columns = weight.size(3);
+  const ConvWindow window{dout.size(0), dout.size(2), dout.size(3), height, width, rows, columns, 1, 1,
+                      dilation[0] * (rows - 1) - padding[0], dilation[1] * (columns - 1) - padding[1],
+                      dilation[0], dilation[1]};
+  TORCH_CHECK(window.padding_h >= 0 && window.padding_w >= 0, "padding must not exceed the window, not ", padding);
+  const at::Tensor da = at::empty({dout.size(0), inner, height, width}, dout.options(), at::MemoryFormat::ChannelsLast);
+  const GradientTensors beside{add ? *add : dout, add_mask, add_row_scale, add_factor, none, none, none, none, none,
+                               none};
+  if (add) {
+    check_rows_beside(*add, "add", da, inner);
+    beside.check();
+  }
+  with_types(dout, [&](auto stored, auto element) {
+    using T = decltype(stored);
+    using E = decltype(element);
+    Panels<E> panels(outer, inner, window.taps());
+    for (int64_t t = 0; t < window.taps(); ++t) {
+      const int64_t turned = window.taps() - 1 - t;
+      const T* tap = data_of<T>(weight) + turned / columns * weight.stride(2) + turned % columns * weight.stride(3);
+      pack_tap(tap, panels, outer, weight.stride(0), weight.stride(1), t);
+    }
+    const Gradient<T> added = beside.arguments<T>();
+    const Source<T> source{Activation<T>{}, g.arguments<T>()};
+    run_window<T, E>(window, source, panels, add ? &added : nullptr, mutable_data_of<T>(da), nullptr);
+  });
+  return da;
+}
+
+TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
+  m.impl("conv_window", &conv_window);
+  m.impl("conv_window_dgrad", &conv_window_dgrad);
+}
+
+}  // namespace resfuse

@@ -1,0 +1,93 @@
+// Convolutions with a window: which pixels are worked on at a time, and their source in cache with its padding.
+//
+// A block is a few lines of one image, or a few whole images where they are small. Its source is filled into cache as
+// lines of `line_pixels` pixels, zeros where the window reaches over the edge; a tap of the window is then one offset
+// for all pixels of the block.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "gradient.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace resfuse {
+
+struct ConvWindow {
+  int64_t images;
+  int64_t height, width;          // of the source
+  int64_t out_height, out_width;  // of what is made of it
+  int64_t rows, columns;          // of the window
+  int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+
+  int64_t taps() const { return rows * columns; }
+  RESFUSE_HD int64_t line_pixels() const { return width + 2 * padding_w; }
+};
+
+struct Block {
+  int64_t image, images;  // which, how many
+  int64_t line, lines;    // lines of what is made, of each image
+};
+
+// All blocks of a convolution, alike but for the last ones.
+struct Blocks {
+  ConvWindow w;
+  int64_t lines;         // of one image in a block
+  int64_t images;        // in a block
+  int64_t source_lines;  // of one image in cache
+
+  // pixels: wanted in a block.
+  Blocks(const ConvWindow& window, int64_t pixels) : w(window) {
+    const int64_t line = std::max<int64_t>(1, w.out_width);
+    lines = std::clamp<int64_t>(pixels / line, 1, std::max<int64_t>(1, w.out_height));
+    // Equal blocks of an image.
+    const int64_t parts = (w.out_height + lines - 1) / lines;
+    lines = (w.out_height + std::max<int64_t>(1, parts) - 1) / std::max<int64_t>(1, parts);
+    images = parts > 1 ? 1 : std::clamp<int64_t>(pixels / std::max<int64_t>(1, line * lines), 1, w.images);
+    source_lines = (lines - 1) * w.stride_h + (w.rows - 1) * w.dilation_h + 1;
+  }
+
+  RESFUSE_HD int64_t per_image() const { return (w.out_height + lines - 1) / lines; }
+  RESFUSE_HD int64_t count() const { return (w.images + images - 1) / images * per_image(); }
+  RESFUSE_HD int64_t pixels() const { return images * lines * w.out_width; }
+  RESFUSE_HD int64_t source_pixels() const { return images * source_lines * w.line_pixels(); }
+
+  RESFUSE_HD Block at(int64_t index) const {
+    const int64_t image = index / per_image() * images, line = index % per_image() * lines;
+    return {image, std::min(images, w.images - image), line, std::min(lines, w.out_height - line)};
+  }
+
+  // The row of the matrix [M, K] where a block's pixels begin; they lie side by side.
+  RESFUSE_HD int64_t first_row(const Block& b) const { return (b.image * w.out_height + b.line) * w.out_width; }
+  RESFUSE_HD int64_t row_count(const Block& b) const { return b.images * b.lines * w.out_width; }
+
+  // Source pixel of window position (0, 0) for pixel i of a block; one of whole images has every line.
+  int64_t corner(int64_t i) const {
+    const int64_t line = i / w.out_width;
+    return ((line / lines) * source_lines + line % lines * w.stride_h) * w.line_pixels() + i % w.out_width * w.stride_w;
+  }
+};
+
+// fill(row of the source matrix, its pixels, out): `stride` elements a pixel.
+template <class E, class Fill>
+RESFUSE_HD void fill_block(const Blocks& blocks, const Block& b, E* out, int64_t stride, const Fill& fill) {
+  const ConvWindow& w = blocks.w;
+  const int64_t line = w.line_pixels() * stride;
+  for (int64_t n = 0; n < b.images; ++n) {
+    for (int64_t i = 0; i < blocks.source_lines; ++i, out += line) {
+      const int64_t h = b.line * w.stride_h - w.padding_h + i;
+      if (h < 0 || h >= w.height) {
+        for (int64_t j = 0; j < line; ++j) out[j] = E{};
+        continue;
+      }
+      for (int64_t j = 0; j < w.padding_w * stride; ++j) {
+        out[j] = E{};
+        out[line - 1 - j] = E{};
+      }
+      fill(((b.image + n) * w.height + h) * w.width, w.width, out + w.padding_w * stride);
+    }
+  }
+}
+
+}  // namespace resfuse
