@@ -22,12 +22,13 @@ FAST := not gpu and not slow
 OUT ?= gpu-results
 PARTS ?= env,ceilings,tests,blocks,resnet50
 
-.PHONY: help build test test-all test-range test-torch-min test-torch-max bench verify gpu lint wheel clean
+.PHONY: help build test test-all test-range test-torch-min test-torch-max sanitize bench verify gpu lint wheel clean
 
 help:
 	@echo 'make test        tests that need no GPU and are not slow'
 	@echo 'make test-all    slow tests too, and the range of torch at both ends'
 	@echo 'make test-range  the tests with the oldest and the newest torch declared'
+	@echo 'make sanitize    the C++ kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make bench       correctness gate, then time and memory; FULL=1 for every case, BENCH_ARGS=... for options'
 	@echo 'make verify      train a small network, eager and fused from the same start'
 	@echo 'make gpu         everything that needs a GPU; OUT=folder PARTS=$(PARTS)'
@@ -88,6 +89,18 @@ test-torch-min test-torch-max: test-torch-%: .venv-torch-%/.installed
 	grep -v -E '^(torch|torchvision)==' requirements.txt > .venv-torch-$*/rest.txt; \
 	.venv-torch-$*/bin/python -m pip install -q --disable-pip-version-check $(WANTED) -r .venv-torch-$*/rest.txt
 	@touch $@
+
+# The C++ kernels under the sanitizers, in a copy of the tree. The runtimes must come before torch's own libraries.
+SANITIZED := tests/test_kernels.py tests/test_cpu_kernels.py tests/test_native.py
+
+sanitize: $(READY)
+	@rm -rf build/sanitize && mkdir -p build/sanitize
+	@git ls-files -co --exclude-standard -z | xargs -0 cp --parents -t build/sanitize
+	@cd build/sanitize && RESFUSE_SANITIZE=1 $(abspath $(PY)) setup.py -q build_ext --inplace
+	@cd build/sanitize && OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  $(abspath $(PY)) -m pytest -q -x -k 'cpu or test_native' -m 'not slow' $(SANITIZED)
 
 # No speed is measured unless the gate passes.
 bench: build

@@ -3,6 +3,7 @@
 RESFUSE_NATIVE=0|1        1 (the default on Linux) builds the native library; 0 gives a pure-Python package.
 RESFUSE_CUDA=0|1|auto     1 builds the CUDA kernels or stops; auto (the default) builds them for the GPUs at hand.
 TORCH_CUDA_ARCH_LIST      overrides the GPU architectures, as in torch's own extensions.
+RESFUSE_SANITIZE=1        builds the operators with the address and undefined-behaviour sanitizers (`make sanitize`).
 
 Two shared objects: `_ops.so`, operators without a Python symbol, and `_C`, a small pybind11 module of build facts.
 `_build.json` beside them records what they were built for; `resfuse/_native.py` reads it before it loads anything.
@@ -25,6 +26,7 @@ TOOLKIT_PARTS = ("bin/nvcc", "include/cuda_runtime_api.h")  # a wrapper on PATH 
 CXX_FLAGS = [
     "-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off",
 ]  # fmt: skip
+SANITIZE_FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr"]
 NVCC_FLAGS = ["-O3", "--fmad=false", "--expt-relaxed-constexpr"]
 
 
@@ -98,13 +100,15 @@ def extensions(archs: list[str], pybind11: str | None) -> list[Extension]:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     device = "cuda" if archs else "cpu"
+    sanitize = SANITIZE_FLAGS if choice("RESFUSE_SANITIZE", "0", ("0", "1")) == "1" else []
     ops = Extension(
         "resfuse._ops",
         sources("ops.cpp", "cpu/*.cpp", *(["cuda/*.cpp", "cuda/*.cu"] if archs else [])),
         include_dirs=include_paths(device),
         library_dirs=library_paths(device),
         libraries=["c10", "torch", "torch_cpu"] + (["c10_cuda", "torch_cuda", "cudart"] if archs else []),
-        extra_compile_args={"cxx": CXX_FLAGS + openmp_flags(), "nvcc": NVCC_FLAGS},
+        extra_compile_args={"cxx": CXX_FLAGS + openmp_flags() + sanitize, "nvcc": NVCC_FLAGS},
+        extra_link_args=sanitize[-2:],
         language="c++",
     )
     if pybind11 is None:
