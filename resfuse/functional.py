@@ -153,8 +153,8 @@ def bn_relu(
 class Form(NamedTuple):
     """How a convolution's output is made and what becomes of it (`functions/unit.py`).
 
-    rows: fewer than so many batch rows have the form `recompute` instead, and fewer than `few` the form `keep`; None: it
-    depends on nothing.
+    rows: fewer than so many batch rows have the form `recompute` instead, and fewer than `few` the form `keep`; None:
+    it depends on nothing.
     """
 
     kind: str
