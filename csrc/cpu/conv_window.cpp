@@ -16,7 +16,7 @@
 namespace resfuse {
 
 // Pixels of a block, and columns of its product in cache at a time.
-constexpr int64_t window_pixels = 264;
+constexpr int64_t window_pixels = 528;
 constexpr int64_t window_columns = 256;
 
 // What a convolution reads: an activation, or a gradient.
@@ -100,8 +100,9 @@ template <class T, class E>
 void run_window(
     const ConvWindow& window, const Source<T>& source, const Panels<E>& weight, const Gradient<T>* add, T* out,
     std::vector<Moments>* moments) {
-  const Blocks blocks(window, window_pixels);
-  const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), blocks.count()));
+  const int64_t threads = std::max<int64_t>(1, at::get_num_threads());
+  const Blocks blocks(window, window_pixels, threads);
+  const int64_t shares = std::max<int64_t>(1, std::min(threads, blocks.count()));
   if (moments) moments->assign(shares, Moments(weight.columns()));
   at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {

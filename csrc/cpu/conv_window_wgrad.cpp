@@ -145,10 +145,10 @@ at::Tensor conv_window_wgrad(
   with_types(dout, [&](auto stored, auto element) {
     using T = decltype(stored);
     using E = decltype(element);
-    const Blocks blocks(window, wgrad_depth * word_elements<E>);
     // Threads divide g's channels first: their sums are then disjoint.
     const int64_t threads = std::max<int64_t>(1, at::get_num_threads());
     const int64_t parts = std::min(panels, threads);
+    const Blocks blocks(window, wgrad_depth * word_elements<E>, std::max<int64_t>(1, threads / parts));
     const int64_t bytes = outer * window.taps() * chunk_stride(inner) * static_cast<int64_t>(sizeof(float));
     const int64_t most = std::max<int64_t>(1, outer_bytes / std::max<int64_t>(1, bytes));
     const int64_t shares = std::max<int64_t>(1, std::min({threads / parts, most, blocks.count()}));

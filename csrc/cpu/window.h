@@ -37,14 +37,16 @@ struct Blocks {
   int64_t images;        // in a block
   int64_t source_lines;  // of one image in cache
 
-  // pixels: wanted in a block.
-  Blocks(const ConvWindow& window, int64_t pixels) : w(window) {
+  // pixels: wanted in a block; threads: that shall have equally many of them.
+  Blocks(const ConvWindow& window, int64_t pixels, int64_t threads) : w(window) {
     const int64_t line = std::max<int64_t>(1, w.out_width);
+    pixels = std::min(pixels, std::max<int64_t>(1, w.images * w.out_height * w.out_width / threads));
     lines = std::clamp<int64_t>(pixels / line, 1, std::max<int64_t>(1, w.out_height));
     // Equal blocks of an image.
     const int64_t parts = (w.out_height + lines - 1) / lines;
     lines = (w.out_height + std::max<int64_t>(1, parts) - 1) / std::max<int64_t>(1, parts);
     images = parts > 1 ? 1 : std::clamp<int64_t>(pixels / std::max<int64_t>(1, line * lines), 1, w.images);
+    if (images > 1) images = (w.images - 1) / round_up((w.images + images - 1) / images, threads) + 1;
     source_lines = (lines - 1) * w.stride_h + (w.rows - 1) * w.dilation_h + 1;
   }
 
