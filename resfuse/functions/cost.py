@@ -26,8 +26,8 @@ def covariance_rows(in_channels: int, out_channels: int, block_macs: int) -> int
 
 
 def few_rows(in_channels: int) -> int:
-    """Rows below which the output [M, K] is kept: it then has fewer than twice the values of its weight [K, C]."""
-    return 2 * in_channels
+    """Rows below which the output [M, K] is kept: it then has fewer values than its weight [K, C]."""
+    return in_channels
 
 
 def has_covariance_form(kernel: tuple[int, int], padding: tuple[int, int], groups: int, in_: int, out: int) -> bool:
