@@ -1,6 +1,7 @@
 """The CPU kernel set: any number of threads, any instruction set, any shape."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -125,10 +126,11 @@ CAPS = [
     ({"ATEN_CPU_CAPABILITY": "default"}, {"baseline"}),
     ({"ATEN_CPU_CAPABILITY": "avx2"}, {"baseline", "AVX2"}),
     ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, {"baseline", "AVX2", "AVX-512"}),
+    ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"baseline", "AVX2"}),
 ]
 
 
-@pytest.mark.parametrize("cap, allowed", CAPS, ids=["default", "AVX2", "AVX-512"])
+@pytest.mark.parametrize("cap, allowed", CAPS, ids=["default", "AVX2", "AVX-512", "oneDNN AVX2"])
 def test_capped_instruction_sets(cap, allowed):
     """The kernels keep to the caps of torch and oneDNN, and are right there."""
     code = (
@@ -147,6 +149,24 @@ def test_capped_instruction_sets(cap, allowed):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in allowed
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump_missing: disassembles the library")
+def test_wide_registers_are_used_in_chosen_versions_alone():
+    """512-bit registers stand in the versions for AVX-512, so that the library loads and runs on older processors."""
+    listing = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", str(_native.LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
+    if "x86-64" not in listing:
+        pytest.skip("architecture: not x86-64")
+    users, name = set(), ""
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            name = line
+        elif "%zmm" in line:
+            users.add(name)
+    assert any("tile_avx512_bf16" in user for user in users) and any("run_avx512" in user for user in users)
+    assert not [user for user in users if "run_avx512" not in user and "tile_avx512" not in user]
 
 
 def test_the_instruction_set_is_reported():

@@ -4,6 +4,7 @@
 #include <ATen/Version.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
@@ -12,19 +13,19 @@ namespace resfuse {
 namespace {
 
 #if RESFUSE_X86
-// Whether oneDNN's own cap forbids bfloat16 dot products: torch's convolutions and ours then agree on what is there.
-bool bf16_capped() {
+// oneDNN's own cap: torch's convolutions and ours then agree on what is there.
+Isa onednn_cap() {
   const char* named = std::getenv("ONEDNN_MAX_CPU_ISA");
-  if (named == nullptr) return false;
-  const std::string cap(named);
-  for (const char* lower : {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}) {
-    if (cap == lower) return true;
-  }
-  return false;
+  const std::string cap(named == nullptr ? "" : named);
+  if (cap == "SSE41" || cap == "AVX") return Isa::baseline;
+  if (cap == "AVX2" || cap == "AVX2_VNNI" || cap == "AVX2_VNNI_2") return Isa::avx2;
+  if (cap == "AVX512_CORE" || cap == "AVX512_CORE_VNNI") return Isa::avx512;
+  return Isa::avx512_bf16;
 }
 #endif
 
 Isa probe() {
+  Isa found = Isa::baseline;
 #if RESFUSE_X86
   const std::string capability = at::get_cpu_capability();  // torch's choice, which ATEN_CPU_CAPABILITY lowers
   __builtin_cpu_init();
@@ -32,12 +33,13 @@ Isa probe() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (capability != "DEFAULT" && avx2) found = Isa::avx2;
   if (capability == "AVX512" && avx512) {
-    return __builtin_cpu_supports("avx512bf16") && !bf16_capped() ? Isa::avx512_bf16 : Isa::avx512;
+    found = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   }
-  if (capability != "DEFAULT" && avx2) return Isa::avx2;
+  found = std::min(found, onednn_cap());
 #endif
-  return Isa::baseline;
+  return found;
 }
 
 }  // namespace

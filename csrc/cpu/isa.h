@@ -13,12 +13,13 @@
 #define RESFUSE_X86 1
 #define RESFUSE_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,f16c,lzcnt,popcnt")))
 #if defined(__clang__)
-#define RESFUSE_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2")))
+#define RESFUSE_AVX512_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2"
 #else
-#define RESFUSE_AVX512 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2,prefer-vector-width=512")))
+#define RESFUSE_AVX512_FEATURES \
+  "avx512f,avx512bw,avx512dq,avx512vl,avx512cd,avx2,fma,bmi,bmi2,prefer-vector-width=512"
 #endif
-#define RESFUSE_AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,bmi,bmi2")))
+#define RESFUSE_AVX512 __attribute__((target(RESFUSE_AVX512_FEATURES)))
+#define RESFUSE_AVX512_BF16 __attribute__((target(RESFUSE_AVX512_FEATURES ",avx512bf16")))
 #else
 #define RESFUSE_X86 0
 #endif

@@ -41,6 +41,9 @@ struct OuterGrid {
     parts = std::min(row_shares / shares, (outer + panel_columns - 1) / panel_columns);
   }
 
+  // Shares of the pass that makes the row products, and the sums too unless they have a pass of their own.
+  int64_t row_pass_shares(bool no_sums) const { return parts == 1 && !no_sums ? shares : row_shares; }
+
   // The channels of a part: begin and end, multiples of 64 but for the last.
   std::pair<int64_t, int64_t> channels(int64_t part, int64_t outer) const {
     const int64_t panels = (outer + panel_columns - 1) / panel_columns;

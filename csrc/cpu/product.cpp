@@ -93,15 +93,27 @@ RESFUSE_AVX2 void tile_avx2(const Tile& t) {
   }
 }
 
-// 6 rows x 64 columns: 24 accumulators of the 32 registers.
 template <int rows>
-RESFUSE_AVX512 void tile_avx512(const Tile& t) {
-  __m512 sum[rows][4];
+RESFUSE_HD RESFUSE_AVX512 void load_sums(const Tile& t, __m512 (&sum)[rows][4]) {
   for (int i = 0; i < rows; ++i) {
     for (int j = 0; j < 4; ++j) {
       sum[i][j] = t.accumulate ? _mm512_loadu_ps(t.c + i * t.c_row + 16 * j) : _mm512_setzero_ps();
     }
   }
+}
+
+template <int rows>
+RESFUSE_HD RESFUSE_AVX512 void store_sums(const Tile& t, const __m512 (&sum)[rows][4]) {
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(t.c + i * t.c_row + 16 * j, sum[i][j]);
+  }
+}
+
+// 6 rows x 64 columns: 24 accumulators of the 32 registers.
+template <int rows>
+RESFUSE_AVX512 void tile_avx512(const Tile& t) {
+  __m512 sum[rows][4];
+  load_sums(t, sum);
   for (int64_t tap = 0; tap < t.taps; ++tap) {
     const Word* a[rows];
     for (int i = 0; i < rows; ++i) a[i] = t.a[i] + t.a_taps[tap];
@@ -115,20 +127,14 @@ RESFUSE_AVX512 void tile_avx512(const Tile& t) {
       }
     }
   }
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(t.c + i * t.c_row + 16 * j, sum[i][j]);
-  }
+  store_sums(t, sum);
 }
 
 // The same for words of two bfloat16.
 template <int rows>
 RESFUSE_AVX512_BF16 void tile_avx512_bf16(const Tile& t) {
   __m512 sum[rows][4];
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < 4; ++j) {
-      sum[i][j] = t.accumulate ? _mm512_loadu_ps(t.c + i * t.c_row + 16 * j) : _mm512_setzero_ps();
-    }
-  }
+  load_sums(t, sum);
   for (int64_t tap = 0; tap < t.taps; ++tap) {
     const Word* a[rows];
     for (int i = 0; i < rows; ++i) a[i] = t.a[i] + t.a_taps[tap];
@@ -142,9 +148,7 @@ RESFUSE_AVX512_BF16 void tile_avx512_bf16(const Tile& t) {
       }
     }
   }
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(t.c + i * t.c_row + 16 * j, sum[i][j]);
-  }
+  store_sums(t, sum);
 }
 
 #endif
