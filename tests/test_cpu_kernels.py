@@ -84,8 +84,9 @@ def everything(k, n, c, h, w, outputs, dtype, seed=0):
 
 
 def errors(found, exact):
+    """Normwise; values are of order 1, so that one that cancels is measured against a tenth of that."""
     return {
-        name: ((found[name].double() - value).norm() / value.norm().clamp_min(1e-6)).item()
+        name: ((found[name].double() - value).norm() / value.norm().clamp_min(0.1 * value.numel() ** 0.5)).item()
         for name, value in exact.items()
     }
 
@@ -94,7 +95,7 @@ def errors(found, exact):
 LIMIT = {torch.float32: 2e-5, torch.bfloat16: 2**-6}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     n=st.integers(1, 5), c=st.integers(1, 150), h=st.integers(1, 12), w=st.integers(1, 12),
     outputs=st.integers(1, 200), dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 1 << 20),
