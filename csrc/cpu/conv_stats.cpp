@@ -35,8 +35,9 @@ struct ConvStatsKernel {
       }
       Ahead ahead;
       a.z.fetch(ahead, chunk + size, size, end);
-      multiply<E>(count, outer, weight->depth(), left, weight->from(0), product, stride, false,
-                  &ahead);
+      ahead.add(z + chunk * outer, count * outer * int64_t{sizeof(T)});
+      ahead.spread(tile_words(count, outer, weight->depth()));
+      multiply<E>(count, outer, weight->depth(), left, weight->from(0), product, stride, false, &ahead);
       for (int64_t r = 0; r < count; ++r) {
         const float* __restrict__ from = product + r * stride;
         T* __restrict__ to = z + (chunk + r) * outer;

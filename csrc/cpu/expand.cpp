@@ -39,15 +39,17 @@ struct ExpandKernel {
       fill_rows<E>(a, chunk, count, static_cast<E*>(a_rows), a_stride);
       if (second_weight) fill_rows<E>(second, chunk, count, static_cast<E*>(b_rows), b_stride);
       Ahead ahead;
-      sum.residual.fetch(ahead, chunk, size, end);
+      sum.fetch(ahead, chunk + size, size, end);
       a.z.fetch(ahead, chunk + size, size, end);
+      if (second_weight) second.z.fetch(ahead, chunk + size, size, end);
+      ahead.spread(tile_words(count, sum.channels, weight->depth() + (second_weight ? second_weight->depth() : 0)));
       for (int64_t first = 0; first < sum.channels; first += expand_columns) {
         const int64_t columns = std::min(expand_columns, sum.channels - first);
         multiply<E>(count, columns, weight->depth(), by_rows<E>(a_rows, a_stride), weight->from(first), product,
                     stride, false, &ahead);
         if (second_weight) {
           multiply<E>(count, columns, second_weight->depth(), by_rows<E>(b_rows, b_stride),
-                      second_weight->from(first), beside, stride, false);
+                      second_weight->from(first), beside, stride, false, &ahead);
         }
         for (int64_t r = 0; r < count; ++r) {
           const float* wide = second_weight ? beside + r * stride : nullptr;

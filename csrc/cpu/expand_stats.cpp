@@ -96,7 +96,6 @@ struct CoefficientsKernel {
     const int64_t inner = weight.z.channels, stride = chunk_stride(inner), size = chunk_size(end - begin, chunk_rows);
     const Buffer<float> w(size * stride), weighed(size * stride), product(size * stride);
     const Buffer<Word> w_columns(column_words<float>(size, inner)), weighed_columns(column_words<float>(size, inner));
-    Ahead ahead;
     for (int64_t first = begin; first < end; first += size) {
       const int64_t rows = std::min(size, end - first);
       fill_rows<float>(weight, first, rows, static_cast<float*>(w), stride);
@@ -106,7 +105,7 @@ struct CoefficientsKernel {
       }
       const auto left = by_columns<float>(weighed, rows, round_up(inner, panel_columns), stride, weighed_columns);
       const auto right = by_columns<float>(w, rows, round_up(inner, panel_columns), stride, w_columns);
-      q->add<float>(0, inner, left, right, first > begin, ahead);
+      q->add<float>(0, inner, left, right, first > begin);
     }
   }
 

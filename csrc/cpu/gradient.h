@@ -28,9 +28,10 @@ struct Gradient {
 
   // Rows first .. end, at most `count` of them, are read soon.
   RESFUSE_HD void fetch(Ahead& ahead, int64_t first, int64_t count, int64_t end) const {
-    const int64_t rows = end - first < count ? end - first : count;
+    const int64_t rows = std::min(count, end - first);
     const int64_t bytes = rows * channels * static_cast<int64_t>(sizeof(T));
     ahead.add(dout + first * channels, bytes);
+    if (mask) ahead.add(mask + first * mask_row_bytes(channels), rows * mask_row_bytes(channels));
     if (z) ahead.add(z + first * channels, bytes);
   }
 

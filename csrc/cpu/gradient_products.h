@@ -50,24 +50,38 @@ struct GradientProductsKernel {
       fill_gradient_panels<E>(g, first, count, begin_channel, columns, static_cast<E*>(g_panels),
                               total ? static_cast<float*>(sum) : nullptr);
       for (int64_t c = 0; total && c < columns; ++c) total[c] += sum[c];
-      if (weight) write_row_products(g_panels, taps, first, count, product, stride);
+      Ahead ahead = next(first + size, size, end);
+      ahead.spread((weight ? tile_words(count, inner, depth_words<E>(g.channels)) : 0) +
+                   (outer ? tile_words(columns, inner, depth_words<E>(count)) : 0));
+      if (weight) write_row_products(g_panels, taps, first, count, product, stride, ahead);
       if (outer) {
-        Ahead ahead;
-        if (columns == g.channels) g.fetch(ahead, first + size, size, end);
-        a.z.fetch(ahead, first + size, size, end);
         fill_rows<E>(a, first, count, static_cast<E*>(a_rows), a_stride);
         if constexpr (word_elements<E> == 1) {
           if (mean) subtract_mean(a_rows, count, a_stride);
         }
         const auto g_part = panels_by_columns<E>(g_panels, count, columns, g_columns);
         const auto a_part = by_columns<E>(a_rows, count, round_up(inner, panel_columns), a_stride, a_columns);
-        outer->add<E>(begin_channel, columns, g_part, a_part, first > begin, ahead);
+        outer->add<E>(begin_channel, columns, g_part, a_part, first > begin, &ahead);
       }
     }
   }
 
+  // What the chunk from row `first` on needs, at most `count` rows.
+  RESFUSE_HD Ahead next(int64_t first, int64_t count, int64_t end) const {
+    Ahead ahead;
+    if (first >= end) return ahead;
+    g.fetch(ahead, first, count, end);
+    if (weight && add) add->fetch(ahead, first, count, end);
+    if (weight) {
+      ahead.add(rows + first * a.z.channels, std::min(count, end - first) * a.z.channels * int64_t{sizeof(T)});
+    }
+    if (outer) a.z.fetch(ahead, first, count, end);
+    return ahead;
+  }
+
   RESFUSE_HD void write_row_products(
-      const E* g_panels, const PanelTaps<E>& taps, int64_t first, int64_t count, float* product, int64_t stride) const {
+      const E* g_panels, const PanelTaps<E>& taps, int64_t first, int64_t count, float* product, int64_t stride,
+      Ahead& ahead) const {
     const int64_t inner = a.z.channels;
     const Taps panels = taps.at(count, g.channels);
     T piece[product_columns];
@@ -75,7 +89,8 @@ struct GradientProductsKernel {
       const int64_t some = std::min(chunk_rows, count - r);
       for (int64_t c = 0; c < inner; c += product_columns) {
         const int64_t columns = std::min(product_columns, inner - c);
-        multiply_taps<E>(some, columns, panels, g_panels, 1, taps.rows + r, weight->from(c), product, stride, false);
+        multiply_taps<E>(some, columns, panels, g_panels, 1, taps.rows + r, weight->from(c), product, stride, false,
+                         &ahead);
         for (int64_t i = 0; i < some; ++i) {
           const int64_t row = first + r + i;
           const float* __restrict__ from = product + i * stride;

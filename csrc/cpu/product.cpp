@@ -1,6 +1,8 @@
 // The tiles: a few rows of a times one panel of b, accumulated in registers; one version per instruction set.
 #include "product.h"
 
+#include <algorithm>
+
 #include "isa.h"
 
 #if RESFUSE_X86
@@ -14,14 +16,12 @@ namespace {
 // Words of depth between two visits of c: a panel's part (64 KiB) then stays near for all rows.
 constexpr int64_t depth_block = 256;
 
-constexpr int64_t tile_rows = 6;
-
 struct Tile {
   const Word* a[tile_rows];  // where each row begins
   int64_t a_depth;
   const Word* b;
   int64_t b_depth;
-  // The depth comes in `taps` pieces of `depth` words; piece t begins a_taps[t] behind a's rows and b_taps[t] behind b.
+  // The depth comes in `taps` pieces of `depth` words, one of one at least; piece t begins a_taps[t] behind a's rows and b_taps[t] behind b.
   int64_t taps;
   const int64_t* a_taps;
   const int64_t* b_taps;
@@ -63,49 +63,69 @@ void tile_baseline(const Tile& t) {
 
 #if RESFUSE_X86
 
+// Of the tiles below: sums begin at zero and meet c at the end, and no loop can be empty. Sums that a branch or an empty
+// loop could leave as they were are copied through memory, which costs a short product a quarter of its time.
+
 // 6 rows x 16 columns: 12 accumulators of the 16 registers.
 template <int rows>
 RESFUSE_AVX2 void tile_avx2(const Tile& t) {
   for (int64_t first = 0; first < panel_columns; first += 16) {
     __m256 sum[rows][2];
-    float* c = t.c + first;
     for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < 2; ++j) {
-        sum[i][j] = t.accumulate ? _mm256_loadu_ps(c + i * t.c_row + 8 * j) : _mm256_setzero_ps();
-      }
+      for (int j = 0; j < 2; ++j) sum[i][j] = _mm256_setzero_ps();
     }
-    for (int64_t tap = 0; tap < t.taps; ++tap) {
+    int64_t tap = 0;
+    do {
       const Word* a[rows];
       for (int i = 0; i < rows; ++i) a[i] = t.a[i] + t.a_taps[tap];
       const float* b = reinterpret_cast<const float*>(t.b + t.b_taps[tap] + first);
-      for (int64_t k = 0; k < t.depth; ++k, b += t.b_depth) {
+      int64_t k = 0;
+      do {
         const __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
         for (int i = 0; i < rows; ++i) {
           const __m256 x = _mm256_set1_ps(as_float(a[i][k * t.a_depth]));
           sum[i][0] = _mm256_fmadd_ps(x, b0, sum[i][0]);
           sum[i][1] = _mm256_fmadd_ps(x, b1, sum[i][1]);
         }
+        b += t.b_depth;
+      } while (++k < t.depth);
+    } while (++tap < t.taps);
+    for (int i = 0; i < rows; ++i) {
+      float* c = t.c + i * t.c_row + first;
+      for (int j = 0; j < 2; ++j) {
+        const __m256 before = t.accumulate ? _mm256_loadu_ps(c + 8 * j) : _mm256_setzero_ps();
+        _mm256_storeu_ps(c + 8 * j, _mm256_add_ps(before, sum[i][j]));
       }
     }
-    for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < 2; ++j) _mm256_storeu_ps(c + i * t.c_row + 8 * j, sum[i][j]);
-    }
+  }
+}
+
+// Sums of earlier products may have left the cache: they are fetched during this one.
+template <int rows>
+RESFUSE_HD void fetch_sums(const Tile& t) {
+  for (int i = 0; t.accumulate && i < rows; ++i) {
+    for (int j = 0; j < 4; ++j) __builtin_prefetch(t.c + i * t.c_row + 16 * j, 1);
   }
 }
 
 template <int rows>
-RESFUSE_HD RESFUSE_AVX512 void load_sums(const Tile& t, __m512 (&sum)[rows][4]) {
+RESFUSE_HD RESFUSE_AVX512 void clear(__m512 (&sum)[rows][4]) {
   for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < 4; ++j) {
-      sum[i][j] = t.accumulate ? _mm512_loadu_ps(t.c + i * t.c_row + 16 * j) : _mm512_setzero_ps();
-    }
+    for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
   }
 }
 
 template <int rows>
-RESFUSE_HD RESFUSE_AVX512 void store_sums(const Tile& t, const __m512 (&sum)[rows][4]) {
-  for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(t.c + i * t.c_row + 16 * j, sum[i][j]);
+RESFUSE_HD RESFUSE_AVX512 void write(const __m512 (&sum)[rows][4], const Tile& t) {
+  float* c = t.c;
+  if (!t.accumulate) {
+    for (int i = 0; i < rows; ++i, c += t.c_row) {
+      for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + 16 * j, sum[i][j]);
+    }
+    return;
+  }
+  for (int i = 0; i < rows; ++i, c += t.c_row) {
+    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + 16 * j, _mm512_add_ps(_mm512_loadu_ps(c + 16 * j), sum[i][j]));
   }
 }
 
@@ -113,42 +133,50 @@ RESFUSE_HD RESFUSE_AVX512 void store_sums(const Tile& t, const __m512 (&sum)[row
 template <int rows>
 RESFUSE_AVX512 void tile_avx512(const Tile& t) {
   __m512 sum[rows][4];
-  load_sums(t, sum);
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
+  fetch_sums<rows>(t);
+  clear(sum);
+  int64_t tap = 0;
+  do {
     const Word* a[rows];
     for (int i = 0; i < rows; ++i) a[i] = t.a[i] + t.a_taps[tap];
     const Word* b = t.b + t.b_taps[tap];
-    for (int64_t k = 0; k < t.depth; ++k, b += t.b_depth) {
+    int64_t k = 0;
+    do {
       __m512 v[4];
       for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_ps(b + 16 * j);
       for (int i = 0; i < rows; ++i) {
         const __m512 x = _mm512_set1_ps(as_float(a[i][k * t.a_depth]));
         for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_fmadd_ps(x, v[j], sum[i][j]);
       }
-    }
-  }
-  store_sums(t, sum);
+      b += t.b_depth;
+    } while (++k < t.depth);
+  } while (++tap < t.taps);
+  write(sum, t);
 }
 
 // The same for words of two bfloat16.
 template <int rows>
 RESFUSE_AVX512_BF16 void tile_avx512_bf16(const Tile& t) {
   __m512 sum[rows][4];
-  load_sums(t, sum);
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
+  fetch_sums<rows>(t);
+  clear(sum);
+  int64_t tap = 0;
+  do {
     const Word* a[rows];
     for (int i = 0; i < rows; ++i) a[i] = t.a[i] + t.a_taps[tap];
     const Word* b = t.b + t.b_taps[tap];
-    for (int64_t k = 0; k < t.depth; ++k, b += t.b_depth) {
+    int64_t k = 0;
+    do {
       __m512bh v[4];
       for (int j = 0; j < 4; ++j) v[j] = (__m512bh)_mm512_loadu_si512(b + 16 * j);
       for (int i = 0; i < rows; ++i) {
         const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i][k * t.a_depth]));
         for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], x, v[j]);
       }
-    }
-  }
-  store_sums(t, sum);
+      b += t.b_depth;
+    } while (++k < t.depth);
+  } while (++tap < t.taps);
+  write(sum, t);
 }
 
 #endif
@@ -189,14 +217,13 @@ void multiply(
   const TileFunction* tiles = sizeof(E) == sizeof(Word) ? float_tiles() : bfloat16_tiles();
   const Word* a_words = static_cast<const Word*>(a.words);
   const Word* b_words = static_cast<const Word*>(b.words);
-  const int64_t visits = (rows + tile_rows - 1) / tile_rows * ((columns + panel_columns - 1) / panel_columns) *
-                         ((depth + depth_block - 1) / depth_block);
-  const int64_t lines = ahead && visits > 0 ? (ahead->lines() + visits - 1) / visits : 0;
   const int64_t here = 0;
+  if (depth == 0 && !accumulate) {
+    for (int64_t row = 0; row < rows; ++row) std::fill_n(c + row * stride, round_up(columns, panel_columns), 0.0f);
+  }
   for (int64_t column = 0; column < columns; column += panel_columns) {
     const Word* panel = b_words + column / panel_columns * b.panel;
-    int64_t k = 0;
-    do {  // at least once: a product without depth is zero
+    for (int64_t k = 0; k < depth; k += depth_block) {
       const int64_t block = depth - k < depth_block ? depth - k : depth_block;
       for (int64_t row = 0; row < rows; row += tile_rows) {
         const int64_t count = rows - row < tile_rows ? rows - row : tile_rows;
@@ -204,17 +231,16 @@ void multiply(
                   accumulate || k > 0};
         for (int64_t i = 0; i < count; ++i) tile.a[i] = a_words + (row + i) * a.row + k * a.depth;
         tiles[count](tile);
-        if (lines) ahead->fetch(lines);
+        if (ahead) ahead->fetch(block);
       }
-      k += depth_block;
-    } while (k < depth);
+    }
   }
 }
 
 template <class E>
 void multiply_taps(
     int64_t rows, int64_t columns, const Taps& taps, const void* a, int64_t a_depth, const int64_t* a_rows, Right b,
-    float* c, int64_t stride, bool accumulate) {
+    float* c, int64_t stride, bool accumulate, Ahead* ahead) {
   const TileFunction* tiles = sizeof(E) == sizeof(Word) ? float_tiles() : bfloat16_tiles();
   const Word* a_words = static_cast<const Word*>(a);
   const Word* b_words = static_cast<const Word*>(b.words);
@@ -229,6 +255,7 @@ void multiply_taps(
                   c + row * stride + column, stride, accumulate || tap > 0};
         for (int64_t i = 0; i < count; ++i) tile.a[i] = a_words + a_rows[row + i];
         tiles[count](tile);
+        if (ahead) ahead->fetch(block * taps.depth);
       }
     }
   }
@@ -237,8 +264,8 @@ void multiply_taps(
 template void multiply<float>(int64_t, int64_t, int64_t, Left, Right, float*, int64_t, bool, Ahead*);
 template void multiply<bfloat16>(int64_t, int64_t, int64_t, Left, Right, float*, int64_t, bool, Ahead*);
 template void multiply_taps<float>(
-    int64_t, int64_t, const Taps&, const void*, int64_t, const int64_t*, Right, float*, int64_t, bool);
+    int64_t, int64_t, const Taps&, const void*, int64_t, const int64_t*, Right, float*, int64_t, bool, Ahead*);
 template void multiply_taps<bfloat16>(
-    int64_t, int64_t, const Taps&, const void*, int64_t, const int64_t*, Right, float*, int64_t, bool);
+    int64_t, int64_t, const Taps&, const void*, int64_t, const int64_t*, Right, float*, int64_t, bool, Ahead*);
 
 }  // namespace resfuse

@@ -13,6 +13,7 @@ namespace resfuse {
 
 using Word = uint32_t;
 constexpr int64_t panel_columns = 64;
+constexpr int64_t tile_rows = 6;
 
 // Elements of a word: 1 float, 2 bfloat16.
 template <class E>
@@ -32,24 +33,29 @@ struct Right {
   int64_t depth;
 };
 
-// Memory that is read after the product: fetched into the cache meanwhile, a few lines with every tile, so that the
-// time for memory and the time for arithmetic overlap.
+// Words of depth that the tiles of a product walk altogether: the measure of its work.
+constexpr int64_t tile_words(int64_t rows, int64_t columns, int64_t depth) {
+  return (rows + tile_rows - 1) / tile_rows * ((columns + panel_columns - 1) / panel_columns) * depth;
+}
+
+// Memory that is needed after some products, fetched into the cache with their tiles, so that the time for memory and
+// the time for arithmetic overlap: add() it in the order of its use, spread() it over the products' work, and hand it to
+// them. Output too: a store to memory waits for the line that it changes a part of.
 class Ahead {
  public:
   void add(const void* begin, int64_t bytes) {
-    if (count_ < 4 && bytes > 0) {
-      ranges_[count_++] = {static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes};
-    }
+    if (bytes > 0) ranges_[count_++] = {static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes};
   }
 
-  int64_t lines() const {
-    int64_t bytes = 0;
-    for (int i = current_; i < count_; ++i) bytes += ranges_[i].end - ranges_[i].next;
-    return (bytes + line_bytes - 1) / line_bytes;
+  // work: tile_words of all products to come.
+  void spread(int64_t work) {
+    int64_t lines = 0;
+    for (int i = 0; i < count_; ++i) lines += (ranges_[i].end - ranges_[i].next + line_bytes - 1) / line_bytes;
+    rate_ = work > 0 ? (lines * one + work - 1) / work : 0;
   }
 
-  void fetch(int64_t lines) {
-    while (lines-- > 0 && current_ < count_) {
+  void fetch(int64_t words) {
+    for (credit_ += words * rate_; credit_ >= one && current_ < count_; credit_ -= one) {
       Range& range = ranges_[current_];
       __builtin_prefetch(range.next, 0, 2);
       range.next += line_bytes;
@@ -59,13 +65,16 @@ class Ahead {
 
  private:
   static constexpr int64_t line_bytes = 64;
+  static constexpr int64_t one = 1 << 16;  // a line's worth of credit
   struct Range {
     const char* next;
     const char* end;
   };
-  Range ranges_[4];
+  Range ranges_[8];
   int count_ = 0;
   int current_ = 0;
+  int64_t rate_ = 0;  // per word
+  int64_t credit_ = 0;
 };
 
 // c[i, n] = (accumulate ? c[i, n] : 0) + sum over k of a[i, k] * b[k, n], rows x columns, rows of c `stride` apart.
@@ -88,7 +97,7 @@ struct Taps {
 template <class E>
 void multiply_taps(
     int64_t rows, int64_t columns, const Taps& taps, const void* a, int64_t a_depth, const int64_t* a_rows, Right b,
-    float* c, int64_t stride, bool accumulate);
+    float* c, int64_t stride, bool accumulate, Ahead* ahead = nullptr);
 
 // Whether this processor multiplies bfloat16 in words of two; elsewhere kernels widen them to float in cache.
 bool multiplies_bfloat16();

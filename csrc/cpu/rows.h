@@ -24,7 +24,7 @@ struct Rows {
 
   // Rows first .. end, at most `count` of them, are read soon.
   RESFUSE_HD void fetch(Ahead& ahead, int64_t first, int64_t count, int64_t end) const {
-    const int64_t rows = end - first < count ? end - first : count;
+    const int64_t rows = std::min(count, end - first);
     if (dense && data && rows > 0) ahead.add(row(first), rows * channels * static_cast<int64_t>(sizeof(T)));
   }
 

@@ -32,6 +32,12 @@ struct SumArgs {
   T* out;         // [M, K]
   uint8_t* mask;  // [M, ceil(K/8)]
   int64_t channels;
+
+  // Rows first .. end, at most `count` of them, are made soon.
+  RESFUSE_HD void fetch(Ahead& ahead, int64_t first, int64_t count, int64_t end) const {
+    residual.fetch(ahead, first, count, end);
+    ahead.add(out + first * channels, std::min(count, end - first) * channels * int64_t{sizeof(T)});
+  }
 };
 
 template <class T, Residual kind, bool gated, class S, class R>
