@@ -1,10 +1,9 @@
 // conv_window_wgrad: the weight gradient of a convolution with a window,
 //   dW[k, :, r, s] = sum over pixels (n, p, q) of dz[n, p, q, k] * a[n, p*sh - ph + r*dh, q*sw - pw + s*dw, :]
 //
-// a and dz are made from their recipes in cache, block by block (window.h). A line of pixels is a piece of the depth;
-// taps read the same lines of a at other places. bfloat16 pairs neighbouring pixels, so that each column of the window
-// has a copy of its own. Reads M*C*s and M*K*s, 2*M*K*C*R*S operations. Float32 along a share's pixels, shares in
-// order.
+// a and dz are made from their recipes in cache, block by block (window.h). The pixels of an image are a piece of the
+// depth. Each column of the window has a copy of a's pixels as it sees them, whose lines serve all its rows. Reads M*C*s
+// and M*K*s, 2*M*K*C*R*S operations. Float32 along a share's pixels, shares in order.
 #include <torch/library.h>
 
 #include "gradient_tensors.h"
@@ -27,56 +26,62 @@ struct WindowWgradKernel {
 
   static constexpr int64_t step = word_elements<E>;
 
-  // Where the words of a are: [panels][copies][source lines][line words][64].
-  struct Layout {
-    int64_t copies, lines, line_words, depth_stride;
-    RESFUSE_HD int64_t panel() const { return copies * lines * line_words * panel_columns; }
-  };
+  // Where the words of 64 channels of a are: [copies][images][image words][64]. Lines of a copy lie close together, so
+  // that the window's row r begins r * dilation lines further on. That fails with a stride between lines, and where the
+  // lines' last pixels would pair with those of another line than dz's: then each row has copies of its own.
+  struct Copies {
+    bool of_rows;
+    int64_t lines;        // of an image
+    int64_t image_words;  // of an image
 
-  RESFUSE_HD Layout layout() const {
-    const ConvWindow& w = blocks.w;
-    const int64_t lines = blocks.images * blocks.source_lines;
-    if constexpr (step == 1) return {1, lines, w.line_pixels(), w.stride_w * panel_columns};
-    return {w.columns, lines, (w.out_width + 1) / 2, panel_columns};
-  }
+    explicit Copies(const Blocks& b)
+        : of_rows(b.w.stride_h > 1 || b.w.out_width % step != 0), lines(of_rows ? b.lines : b.source_lines),
+          image_words(depth_words<E>(lines * b.w.out_width)) {}
+
+    RESFUSE_HD int64_t count(const ConvWindow& w) const { return w.columns * (of_rows ? w.rows : 1); }
+    // The words of row r and column s, for the first image of `images`.
+    RESFUSE_HD int64_t words(const ConvWindow& w, int64_t images, int64_t r, int64_t s) const {
+      const int64_t copy = of_rows ? r * w.columns + s : s;
+      const int64_t pixels = of_rows ? 0 : r * w.dilation_h * w.out_width;
+      return (copy * images * image_words + pixels / step) * panel_columns;
+    }
+  };
 
   // Blocks begin .. end.
   RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
     const ConvWindow& w = blocks.w;
-    const int64_t inner = a.z.channels, outer = end_channel - begin_channel, lines = blocks.images * blocks.lines;
+    const int64_t inner = a.z.channels, outer = end_channel - begin_channel;
     const int64_t a_stride = chunk_stride(inner), g_stride = chunk_stride(outer);
-    const int64_t a_panels = round_up(inner, panel_columns) / panel_columns;
-    const int64_t g_panels = round_up(outer, panel_columns) / panel_columns;
-    const int64_t line_words = (w.out_width + step - 1) / step;
-    const Layout right = layout();
-    const Buffer<E> a_pixels(blocks.source_pixels() * a_stride), g_line(w.out_width * g_stride);
-    const Buffer<Word> a_words(a_panels * right.panel());
-    const Buffer<Word> g_words(g_panels * lines * line_words * panel_columns);
-    const Buffer<int64_t> rows(panel_columns), g_taps(lines), a_taps(lines);
-    for (int64_t i = 0; i < panel_columns; ++i) rows[i] = i;
-    for (int64_t i = 0; i < lines; ++i) g_taps[i] = i * line_words * panel_columns;
+    const Copies copies(blocks);
+    const int64_t most_words = depth_words<E>(blocks.lines * w.out_width);  // of dz, of an image
+    const Buffer<E> a_pixels(blocks.source_pixels() * a_stride), g_pixels(blocks.lines * w.out_width * g_stride);
+    const Buffer<Word> a_words(copies.count(w) * blocks.images * copies.image_words * panel_columns);
+    const Buffer<Word> g_words(blocks.images * most_words * round_up(outer, panel_columns));
+    const Buffer<int64_t> channels(panel_columns), g_taps(blocks.images), a_taps(blocks.images);
+    for (int64_t i = 0; i < panel_columns; ++i) channels[i] = i;
     for (int64_t index = begin; index < end; ++index) {
       const Block block = blocks.at(index);
-      fill_block<E>(blocks, block, static_cast<E*>(a_pixels), a_stride, Filler{&a, a_stride});
-      for (int64_t p = 0; p < a_panels; ++p) arrange(a_pixels, a_stride, p, right, a_words + p * right.panel());
-      const int64_t used = block.images * block.lines;
-      for (int64_t i = 0; i < used; ++i) {
-        fill_gradient<E>(g, blocks.first_row(block) + i * w.out_width, w.out_width, begin_channel, outer,
-                         static_cast<E*>(g_line), g_stride, nullptr);
-        for (int64_t p = 0; p < g_panels; ++p) {
-          transpose_chunk(g_line + p * panel_columns, w.out_width, panel_columns, g_stride,
-                          g_words + (p * lines + i) * line_words * panel_columns);
-        }
+      const int64_t pixels = block.lines * w.out_width, words = depth_words<E>(pixels);
+      const int64_t image = words * round_up(outer, panel_columns);
+      for (int64_t i = 0; i < block.images; ++i) {
+        g_taps[i] = i * image;
+        fill_gradient<E>(g, blocks.first_row(block) + i * pixels, pixels, begin_channel, outer,
+                         static_cast<E*>(g_pixels), g_stride, nullptr);
+        transpose_chunk(static_cast<const E*>(g_pixels), pixels, round_up(outer, panel_columns), g_stride, g_words + i * image);
       }
-      for (int64_t t = 0; t < w.taps(); ++t) {
-        const int64_t r = t / w.columns, s = t % w.columns;
-        for (int64_t i = 0; i < used; ++i) {
-          const int64_t line = i / block.lines * blocks.source_lines + i % block.lines * w.stride_h + r * w.dilation_h;
-          a_taps[i] = step == 1 ? (line * right.line_words + s * w.dilation_w) * panel_columns
-                                : (s * right.lines + line) * right.line_words * panel_columns;
+      fill_block<E>(blocks, block, static_cast<E*>(a_pixels), a_stride, Filler{&a, a_stride});
+      for (int64_t column = 0; column < inner; column += panel_columns) {
+        arrange(block, copies, a_pixels + column, a_stride, a_words);
+        for (int64_t t = 0; t < w.taps(); ++t) {
+          const int64_t from = copies.words(w, block.images, t / w.columns, t % w.columns);
+          for (int64_t i = 0; i < block.images; ++i) a_taps[i] = from + i * copies.image_words * panel_columns;
+          for (int64_t i = 0; i < outer; i += panel_columns) {
+            multiply_taps<E>(std::min(panel_columns, outer - i), std::min(panel_columns, inner - column),
+                             Taps{block.images, words, g_taps, a_taps}, g_words + i * words, panel_columns, channels,
+                             Right{a_words, 0, panel_columns}, sums->row((begin_channel + i) * w.taps() + t) + column,
+                             w.taps() * sums->stride(), index > begin);
+          }
         }
-        add_tap(t, outer, g_words, lines * line_words * panel_columns, rows, a_words, right,
-                Taps{used, line_words, g_taps, a_taps}, index > begin);
       }
     }
   }
@@ -89,37 +94,28 @@ struct WindowWgradKernel {
     }
   };
 
-  // 64 channels of the block's pixels as words: of bfloat16, pixels q and q + 1 as the window's column s sees them.
-  RESFUSE_HD void arrange(const E* pixels, int64_t stride, int64_t panel, const Layout& to, Word* out) const {
+  // The copies of 64 channels of a block's pixels: of bfloat16, words of two neighbours, an odd last one with 0.
+  RESFUSE_HD void arrange(
+      const Block& block, const Copies& copies, const E* pixels, int64_t stride, Word* out) const {
     const ConvWindow& w = blocks.w;
-    for (int64_t copy = 0; copy < to.copies; ++copy) {
-      for (int64_t line = 0; line < to.lines; ++line) {
-        const E* from = pixels + line * w.line_pixels() * stride + panel * panel_columns;
-        for (int64_t i = 0; i < to.line_words; ++i, out += panel_columns) {
-          const int64_t first = step == 1 ? i : 2 * i * w.stride_w + copy * w.dilation_w;
-          const E* __restrict__ even = from + first * stride;
-          const E* __restrict__ odd = even + w.stride_w * stride;
+    const int64_t line = w.stride_h * w.line_pixels() * stride, pixel = w.stride_w * stride;
+    for (int64_t copy = 0; copy < copies.count(w); ++copy) {
+      const int64_t first = copy / w.columns * w.dilation_h * w.line_pixels() + copy % w.columns * w.dilation_w;
+      for (int64_t n = 0; n < block.images; ++n) {
+        const E* from = pixels + (n * blocks.source_lines * w.line_pixels() + first) * stride;
+        int64_t p = 0, q = 0;
+        for (int64_t i = 0; i < copies.image_words; ++i, out += panel_columns) {
+          const E* __restrict__ even = from + p * line + q * pixel;
+          if (++q == w.out_width) ++p, q = 0;
           Word* __restrict__ o = out;
-          if (step == 2 && 2 * i + 1 < w.out_width) {
+          if (step == 2 && p < copies.lines) {
+            const E* __restrict__ odd = from + p * line + q * pixel;
+            if (++q == w.out_width) ++p, q = 0;
             for (int64_t c = 0; c < panel_columns; ++c) o[c] = word_of(even[c], odd[c]);
           } else {
             for (int64_t c = 0; c < panel_columns; ++c) o[c] = word_of(even[c], E{});
           }
         }
-      }
-    }
-  }
-
-  RESFUSE_HD void add_tap(
-      int64_t tap, int64_t outer, const Word* g_words, int64_t g_panel, const int64_t* rows, const Word* a_words,
-      const Layout& right, const Taps& taps, bool accumulate) const {
-    const int64_t inner = a.z.channels, count = blocks.w.taps();
-    for (int64_t j = 0; j < inner; j += outer_columns) {
-      const Right b{a_words + j / panel_columns * right.panel(), right.panel(), right.depth_stride};
-      for (int64_t i = 0; i < outer; i += panel_columns) {
-        multiply_taps<E>(std::min(panel_columns, outer - i), std::min(outer_columns, inner - j), taps,
-                         g_words + i / panel_columns * g_panel, panel_columns, rows, b,
-                         sums->row((begin_channel + i) * count + tap) + j, count * sums->stride(), accumulate);
       }
     }
   }
