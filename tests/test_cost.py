@@ -46,7 +46,7 @@ def test_forms_of_the_family():
     assert kinds([three, units.conv(8, 8, 3)]) == ["keep", "linear"]
     form = functional.forms([three, wide], None)[1]
     assert form.at(form.rows, True) == "covariance" == form.at(1, False) and form.at(form.rows - 1, True) == "recompute"
-    assert form.few == 8 and form.at(8, True) == "recompute" and form.at(7, True) == "keep"
+    assert form.few == 32 and form.at(32, True) == "recompute" and form.at(31, True) == "keep"
 
 
 def test_only_widening_pointwise_convolutions_have_the_form():

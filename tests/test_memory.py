@@ -58,7 +58,7 @@ def test_eager_keeps_twelve():
 
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-NETWORKS = [("resnet50", FLOAT32, 0.49), ("resnet50", BFLOAT16, 0.45), ("densenet121", FLOAT32, 0.45),
+NETWORKS = [("resnet50", FLOAT32, 0.50), ("resnet50", BFLOAT16, 0.45), ("densenet121", FLOAT32, 0.45),
             ("densenet121", BFLOAT16, 0.45), ("resnet18", FLOAT32, 0.64)]
 
 
@@ -135,9 +135,9 @@ def test_a_given_residual_is_not_kept():
 
 
 def test_a_block_whose_products_would_cost_too_much_keeps_no_more():
-    """Few rows: the wide product is recomputed, not stored; so few that it is smaller than its weight, it is kept."""
-    for batch, least, most in ((6, 6, 6.7), (2, 10, 10.7)):  # vectors of few rows
-        case = BottleneckCase("few rows", 256, 64, 256, 5, batch=batch)
+    """Few rows: the wide product is recomputed, not stored; so few that its weight takes more, it is kept."""
+    for batch, least, most in ((12, 18, 19), (6, 34, 35)):  # vectors of few rows
+        case = BottleneckCase("few rows", 1024, 64, 1024, 5, batch=batch)
         block = resfuse.fuse(make_block(case))
         assert resfuse.functional.forms(resfuse.blocks.resnet.convs(block), None)[2].rows > case.rows
         assert least < units(case, block, torch.float32) < most

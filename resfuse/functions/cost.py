@@ -3,7 +3,7 @@
 It saves the convolution's output in both directions and costs, whatever the batch, two wide K*C^2 products
 (W @ cov and Q) besides the covariance itself. It is taken from `covariance_rows` rows on; below that the output is
 recomputed in backward from the activation that is kept anyway, which saves as much and costs one more product. Below
-`few_rows` the output is so small beside the weights that it is kept.
+`few_rows` the output is so small beside what training holds for the weights that it is kept.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def covariance_rows(in_channels: int, out_channels: int, block_macs: int) -> int
 
 
 def few_rows(in_channels: int) -> int:
-    """Rows below which the output [M, K] is kept: it then has fewer values than its weight [K, C]."""
-    return in_channels
+    """Rows below which the output [M, K] is kept: it then has fewer values than its weight [K, C], that one's gradient
+    and an optimizer's two moments."""
+    return 4 * in_channels
 
 
 def has_covariance_form(kernel: tuple[int, int], padding: tuple[int, int], groups: int, in_: int, out: int) -> bool:
