@@ -2,8 +2,8 @@
 //   dW[k, :, r, s] = sum over pixels (n, p, q) of dz[n, p, q, k] * a[n, p*sh - ph + r*dh, q*sw - pw + s*dw, :]
 //
 // a and dz are made from their recipes in cache, block by block (window.h). The pixels of an image are a piece of the
-// depth. Each column of the window has a copy of a's pixels as it sees them, whose lines serve all its rows. Reads M*C*s
-// and M*K*s, 2*M*K*C*R*S operations. Float32 along a share's pixels, shares in order.
+// depth. Each column of the window has a copy of a's pixels as it sees them, whose lines serve all its rows. Reads
+// M*C*s and M*K*s, 2*M*K*C*R*S operations. Float32 along a share's pixels, shares in order.
 #include <torch/library.h>
 
 #include "gradient_tensors.h"
@@ -67,7 +67,7 @@ struct WindowWgradKernel {
         g_taps[i] = i * image;
         fill_gradient<E>(g, blocks.first_row(block) + i * pixels, pixels, begin_channel, outer,
                          static_cast<E*>(g_pixels), g_stride, nullptr);
-        transpose_chunk(static_cast<const E*>(g_pixels), pixels, round_up(outer, panel_columns), g_stride, g_words + i * image);
+        transpose_chunk<E>(g_pixels, pixels, round_up(outer, panel_columns), g_stride, g_words + i * image);
       }
       fill_block<E>(blocks, block, static_cast<E*>(a_pixels), a_stride, Filler{&a, a_stride});
       for (int64_t column = 0; column < inner; column += panel_columns) {

@@ -42,28 +42,54 @@ struct PackKernel {
   int64_t tap;
   Panels<E>* panels;
 
+  static constexpr int64_t step = word_elements<E>;
+
   RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
-    constexpr int64_t step = word_elements<E>;
+    const int64_t words = depth_words<E>(depth);
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = p * panel_columns;
-      const int64_t count = columns - first < panel_columns ? columns - first : panel_columns;
+      const int64_t first = p * panel_columns, count = std::min(panel_columns, columns - first);
       Word* out = panels->panel(p, tap);
-      for (int64_t j = depth_words<E>(depth) * panel_columns; j < panels->depth() * panel_columns; ++j) out[j] = 0;
-      for (int64_t k = 0; k < depth; k += step, out += panel_columns) {
-        const T* even = w + first * column_stride + k * depth_stride;
-        // Both elements of a word lie side by side.
-        if (step == 2 && sizeof(T) == sizeof(E) && depth_stride == 1 && k + 1 < depth) {
-          for (int64_t j = 0; j < count; ++j) std::memcpy(out + j, even + j * column_stride, sizeof(Word));
-          for (int64_t j = count; j < panel_columns; ++j) out[j] = 0;
-          continue;
-        }
-        const T* odd = step == 2 && k + 1 < depth ? even + depth_stride : nullptr;
-        for (int64_t j = 0; j < count; ++j) {
-          const E second = odd ? element<E>(odd[j * column_stride]) : E{};
-          out[j] = word_of<E>(element<E>(even[j * column_stride]), second);
-        }
-        for (int64_t j = count; j < panel_columns; ++j) out[j] = 0;
+      for (int64_t j = words * panel_columns; j < panels->depth() * panel_columns; ++j) out[j] = 0;
+      if (depth_stride == 1) {
+        fill_transposed(w + first * column_stride, count, out);
+      } else {
+        fill(w + first * column_stride, count, out);
       }
+      for (int64_t k = 0; k < words && count < panel_columns; ++k) {
+        for (int64_t j = count; j < panel_columns; ++j) out[k * panel_columns + j] = 0;
+      }
+    }
+  }
+
+  // Line by line of the panel.
+  RESFUSE_HD void fill(const T* from, int64_t count, Word* __restrict__ out) const {
+    for (int64_t k = 0; k < depth; k += step, out += panel_columns) {
+      const T* __restrict__ even = from + k * depth_stride;
+      const T* __restrict__ odd = even + depth_stride;
+      const bool whole = step == 2 && k + 1 < depth;
+      for (int64_t j = 0; j < count; ++j) {
+        const E second = whole ? element<E>(odd[j * column_stride]) : E{};
+        out[j] = word_of<E>(element<E>(even[j * column_stride]), second);
+      }
+    }
+  }
+
+  // Column by column, a few lines at a time that stay in the nearest cache: the panel's columns lie far apart in w.
+  RESFUSE_HD void fill_transposed(const T* from, int64_t count, Word* __restrict__ out) const {
+    constexpr int64_t lines = 16;
+    const int64_t whole = depth / step;
+    for (int64_t k = 0; k < whole; k += lines) {
+      const int64_t some = std::min(lines, whole - k);
+      for (int64_t j = 0; j < count; ++j) {
+        const T* __restrict__ column = from + j * column_stride + k * step;
+        for (int64_t i = 0; i < some; ++i) {
+          const E second = step == 2 ? element<E>(column[i * step + step - 1]) : E{};
+          out[(k + i) * panel_columns + j] = word_of<E>(element<E>(column[i * step]), second);
+        }
+      }
+    }
+    for (int64_t j = 0; j < count && whole * step < depth; ++j) {
+      out[whole * panel_columns + j] = word_of<E>(element<E>(from[j * column_stride + depth - 1]), E{});
     }
   }
 };

@@ -21,7 +21,8 @@ struct Tile {
   int64_t a_depth;
   const Word* b;
   int64_t b_depth;
-  // The depth comes in `taps` pieces of `depth` words, one of one at least; piece t begins a_taps[t] behind a's rows and b_taps[t] behind b.
+  // The depth comes in `taps` pieces of `depth` words, one of one at least; piece t begins a_taps[t] behind a's rows
+  // and b_taps[t] behind b.
   int64_t taps;
   const int64_t* a_taps;
   const int64_t* b_taps;
@@ -63,8 +64,8 @@ void tile_baseline(const Tile& t) {
 
 #if RESFUSE_X86
 
-// Of the tiles below: sums begin at zero and meet c at the end, and no loop can be empty. Sums that a branch or an empty
-// loop could leave as they were are copied through memory, which costs a short product a quarter of its time.
+// Of the tiles below: sums begin at zero and meet c at the end, and no loop can be empty. Sums that a branch or an
+// empty loop could leave as they were are copied through memory, which costs a short product a quarter of its time.
 
 // 6 rows x 16 columns: 12 accumulators of the 16 registers.
 template <int rows>

@@ -39,8 +39,8 @@ constexpr int64_t tile_words(int64_t rows, int64_t columns, int64_t depth) {
 }
 
 // Memory that is needed after some products, fetched into the cache with their tiles, so that the time for memory and
-// the time for arithmetic overlap: add() it in the order of its use, spread() it over the products' work, and hand it to
-// them. Output too: a store to memory waits for the line that it changes a part of.
+// the time for arithmetic overlap: add() it in the order of its use, spread() it over the products' work, and hand it
+// to them. Output too: a store to memory waits for the line that it changes a part of.
 class Ahead {
  public:
   void add(const void* begin, int64_t bytes) {
@@ -55,11 +55,15 @@ class Ahead {
   }
 
   void fetch(int64_t words) {
-    for (credit_ += words * rate_; credit_ >= one && current_ < count_; credit_ -= one) {
+    credit_ += words * rate_;
+    int64_t lines = credit_ / one;
+    for (credit_ %= one; lines > 0 && current_ < count_;) {
       Range& range = ranges_[current_];
-      __builtin_prefetch(range.next, 0, 2);
-      range.next += line_bytes;
-      if (range.next >= range.end) ++current_;
+      const int64_t left = (range.end - range.next + line_bytes - 1) / line_bytes, some = lines < left ? lines : left;
+      for (int64_t i = 0; i < some; ++i) __builtin_prefetch(range.next + i * line_bytes, 0, 2);
+      range.next += some * line_bytes;
+      lines -= some;
+      current_ += some == left;
     }
   }
 
