@@ -5,7 +5,7 @@
 //   Q = W.T @ diag(scale * invstd * dgamma / M) @ W = q_scale * q     c = (sum_g / M) @ Wg - q_scale * (mean @ q)
 //
 // W, Wg [K, C] in storage dtype, cov [C, C], P [K, C]. All products in float32, c in double from the rounded Wg and q.
-// 2*K*C*C operations for W @ cov and as many for Q.
+// 2*K*C*C operations for W @ cov and half as many for Q, which is symmetric.
 #include <torch/library.h>
 
 #include <cmath>
@@ -105,7 +105,10 @@ struct CoefficientsKernel {
       }
       const auto left = by_columns<float>(weighed, rows, round_up(inner, panel_columns), stride, weighed_columns);
       const auto right = by_columns<float>(w, rows, round_up(inner, panel_columns), stride, w_columns);
-      q->add<float>(0, inner, left, right, first > begin);
+      for (int64_t i = 0; i < inner; i += panel_columns) {  // q is symmetric: its lower half, by panels
+        q->add<float>(i, std::min(panel_columns, inner - i), 0, std::min(inner, i + panel_columns),
+                      ByColumns{left.words + i * left.depth, left.depth}, right, first > begin);
+      }
     }
   }
 
@@ -150,6 +153,21 @@ struct RoundKernel {
   }
 };
 
+// The upper half of a symmetric matrix [size, size] from its lower one, by panels.
+inline void mirror(float* values, int64_t size) {
+  constexpr int64_t line = 16;
+  at::parallel_for(0, (size + panel_columns - 1) / panel_columns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * panel_columns; first < std::min(size, end * panel_columns); first += panel_columns) {
+      const int64_t right = first + panel_columns;
+      for (int64_t j = right; j < size; j += line) {
+        for (int64_t i = first; i < right; ++i) {
+          for (int64_t k = j; k < std::min(size, j + line); ++k) values[i * size + k] = values[k * size + i];
+        }
+      }
+    }
+  });
+}
+
 // The power of two at or below a positive finite value, else 1.
 inline float power_of_two(float largest) {
   if (!(largest > 0.0f) || !std::isfinite(largest)) return 1.0f;
@@ -190,6 +208,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand_co
           begin, end);
     });
     const at::Tensor whole = merged(sums, inner, inner);
+    mirror(whole.mutable_data_ptr<float>(), inner);
     const float* values = data_of<float>(whole);
     std::vector<float> largest(inner, 0.0f);
     at::parallel_for(0, inner, 32, [&](int64_t begin, int64_t end) {

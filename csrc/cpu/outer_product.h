@@ -56,15 +56,15 @@ class OuterSum {
  public:
   OuterSum(int64_t outer, int64_t inner) : inner_(inner), stride_(chunk_stride(inner)), data_(outer * stride_) {}
 
-  // Rows first .. + count of the sum gain g.T @ y; g holds those channels alone. The first gain must not accumulate.
+  // Rows first .. + count of the sum gain g.T @ y in the columns column .. + columns; g and y hold those channels
+  // alone. The first gain must not accumulate.
   template <class E>
-  void add(int64_t first, int64_t count, ByColumns g, ByColumns y, bool accumulate,
-           Ahead* ahead = nullptr) {
-    for (int64_t j = 0; j < inner_; j += outer_columns) {
-      for (int64_t i = 0; i < count; i += panel_columns) {
-        multiply<E>(std::min(panel_columns, count - i), std::min(outer_columns, inner_ - j), g.depth, g.left(i),
-                    y.right(j), row(first + i) + j, stride_, accumulate, ahead);
-      }
+  void add(
+      int64_t first, int64_t count, int64_t column, int64_t columns, ByColumns g, ByColumns y, bool accumulate,
+      Ahead* ahead = nullptr) {
+    for (int64_t i = 0; i < count; i += panel_columns) {
+      multiply<E>(std::min(panel_columns, count - i), columns, g.depth, g.left(i), y.right(), row(first + i) + column,
+                  stride_, accumulate, ahead);
     }
   }
 

@@ -43,14 +43,15 @@ constexpr int64_t tile_words(int64_t rows, int64_t columns, int64_t depth) {
 // to them. Output too: a store to memory waits for the line that it changes a part of.
 class Ahead {
  public:
-  void add(const void* begin, int64_t bytes) {
-    if (bytes > 0) ranges_[count_++] = {static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes};
+  // rows: of so many bytes, `stride` bytes apart.
+  void add(const void* begin, int64_t bytes, int64_t rows = 1, int64_t stride = 0) {
+    if (bytes > 0 && rows > 0) ranges_[count_++] = {static_cast<const char*>(begin), bytes, rows, stride};
   }
 
   // work: tile_words of all products to come.
   void spread(int64_t work) {
     int64_t lines = 0;
-    for (int i = 0; i < count_; ++i) lines += (ranges_[i].end - ranges_[i].next + line_bytes - 1) / line_bytes;
+    for (int i = 0; i < count_; ++i) lines += ranges_[i].rows * ((ranges_[i].bytes + line_bytes - 1) / line_bytes);
     rate_ = work > 0 ? (lines * one + work - 1) / work : 0;
   }
 
@@ -58,12 +59,17 @@ class Ahead {
     credit_ += words * rate_;
     int64_t lines = credit_ / one;
     for (credit_ %= one; lines > 0 && current_ < count_;) {
-      Range& range = ranges_[current_];
-      const int64_t left = (range.end - range.next + line_bytes - 1) / line_bytes, some = lines < left ? lines : left;
-      for (int64_t i = 0; i < some; ++i) __builtin_prefetch(range.next + i * line_bytes, 0, 2);
-      range.next += some * line_bytes;
+      const Range& range = ranges_[current_];
+      const char* next = range.begin + row_ * range.stride + offset_;
+      const int64_t left = (range.bytes - offset_ + line_bytes - 1) / line_bytes, some = lines < left ? lines : left;
+      for (int64_t i = 0; i < some; ++i) __builtin_prefetch(next + i * line_bytes, 0, 2);
+      offset_ += some * line_bytes;
       lines -= some;
-      current_ += some == left;
+      if (some < left) continue;
+      offset_ = 0;
+      if (++row_ < range.rows) continue;
+      row_ = 0;
+      ++current_;
     }
   }
 
@@ -71,13 +77,14 @@ class Ahead {
   static constexpr int64_t line_bytes = 64;
   static constexpr int64_t one = 1 << 16;  // a line's worth of credit
   struct Range {
-    const char* next;
-    const char* end;
+    const char* begin;
+    int64_t bytes, rows, stride;
   };
   Range ranges_[8];
   int count_ = 0;
   int current_ = 0;
-  int64_t rate_ = 0;  // per word
+  int64_t row_ = 0, offset_ = 0;  // in the current range
+  int64_t rate_ = 0;              // per word
   int64_t credit_ = 0;
 };
 

@@ -22,10 +22,17 @@ struct Rows {
   int64_t stride_w;
   bool dense;
 
-  // Rows first .. end, at most `count` of them, are read soon.
+  // Rows first .. end, at most `count` of them, are read soon; of them, `columns` channels from `column` on.
+  RESFUSE_HD void fetch(
+      Ahead& ahead, int64_t first, int64_t count, int64_t end, int64_t column, int64_t columns) const {
+    constexpr int64_t size = sizeof(T);
+    if (dense && data && first < end) {
+      ahead.add(row(first) + column, columns * size, std::min(count, end - first), channels * size);
+    }
+  }
   RESFUSE_HD void fetch(Ahead& ahead, int64_t first, int64_t count, int64_t end) const {
-    const int64_t rows = std::min(count, end - first);
-    if (dense && data && rows > 0) ahead.add(row(first), rows * channels * static_cast<int64_t>(sizeof(T)));
+    constexpr int64_t size = sizeof(T);
+    if (dense && data && first < end) ahead.add(row(first), std::min(count, end - first) * channels * size);
   }
 
   RESFUSE_HD const T* row(int64_t m) const {
@@ -96,6 +103,55 @@ RESFUSE_HD void fill_rows(const Activation<T>& a, int64_t first, int64_t count, 
       for (int64_t c = 0; c < channels; ++c) o[c] = element<E>(normalised(z[c], scale[c], shift[c], a.bound));
     }
     for (int64_t c = channels; c < padded; ++c) o[c] = E{};
+  }
+}
+
+// n <= 64 channels of a row z from `column` on, zero beyond. mean: [C], subtracted from floats, or null.
+template <class E, class T>
+RESFUSE_HD void fill_piece(
+    const Activation<T>& a, const T* __restrict__ z, int64_t column, int64_t n, const float* __restrict__ mean,
+    E* __restrict__ out) {
+  const float* __restrict__ scale = a.scale + column;
+  const float* __restrict__ shift = a.shift + column;
+  if (a.scale == nullptr) {
+    for (int64_t c = 0; c < n; ++c) out[c] = element<E>(z[column + c]);
+  } else {
+    for (int64_t c = 0; c < n; ++c) out[c] = element<E>(normalised(z[column + c], scale[c], shift[c], a.bound));
+  }
+  if constexpr (word_elements<E> == 1) {
+    for (int64_t c = 0; c < n && mean; ++c) out[c] -= mean[column + c];
+  }
+  for (int64_t c = n; c < panel_columns; ++c) out[c] = E{};
+}
+
+// `count` rows from `first` on, `columns` channels from `column` on (whole panels; zero beyond C), as the depth of a
+// product: panels [columns / 64][depth][64] of words, rows r and r + 1 of bfloat16 together, an odd last row with 0.
+template <class E, class T>
+RESFUSE_HD void fill_columns(
+    const Activation<T>& a, int64_t first, int64_t count, int64_t column, int64_t columns, const float* mean,
+    Word* out) {
+  constexpr int64_t step = word_elements<E>;
+  const int64_t panel = (count + step - 1) / step * panel_columns;
+  E even[panel_columns], odd[panel_columns] = {};
+  for (int64_t r = 0; r < count; r += step, out += panel_columns) {
+    const bool two = step == 2 && r + 1 < count;
+    const T* z = a.z.row(first + r);
+    const T* next = two ? a.z.row(first + r + 1) : z;
+    for (int64_t c = 0; c < columns; c += panel_columns) {
+      const int64_t n = a.z.channels - column - c;
+      if (n >= panel_columns) {  // a count that the compiler knows
+        fill_piece<E>(a, z, column + c, panel_columns, mean, even);
+        if (two) fill_piece<E>(a, next, column + c, panel_columns, mean, odd);
+      } else {
+        fill_piece<E>(a, z, column + c, n, mean, even);
+        if (two) fill_piece<E>(a, next, column + c, n, mean, odd);
+      }
+      if (step == 2 && !two) {
+        for (int64_t i = 0; i < panel_columns; ++i) odd[i] = E{};
+      }
+      Word* __restrict__ o = out + c / panel_columns * panel;
+      for (int64_t i = 0; i < panel_columns; ++i) o[i] = word_of(even[i], odd[i]);
+    }
   }
 }
 
