@@ -7,7 +7,9 @@
 // bfloat16 would be rounded by centring; there the products are corrected, cov = y.T y / M - mean mean.T, in double.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "isa.h"
@@ -23,8 +25,8 @@ constexpr int64_t covariance_bytes = int64_t{64} << 20;
 
 // One share's sums.
 struct CovarianceShare {
-  std::vector<double> products;    // [C, padded C], lower half by panels
-  std::vector<double> sum;         // [C]
+  std::unique_ptr<Buffer<double>> products;  // [C, padded C], lower half by panels; null before the first chunk
+  std::vector<double> sum;                   // [C]
   std::vector<float> chunk_means;  // [chunks, C], if centred
   std::vector<float> chunk_counts;
 };
@@ -58,14 +60,16 @@ struct CovarianceKernel {
         share->chunk_counts.push_back(static_cast<float>(count));
       }
       const auto y = by_columns<E>(rows, count, padded, stride, columns);
+      const bool accumulate = share->products != nullptr;
+      if (!accumulate) share->products = std::make_unique<Buffer<double>>(channels * padded);
       for (int64_t first = part * panel_columns; first < channels; first += parts * panel_columns) {
-        add_products(y, first, runs);
+        add_products(y, first, runs, accumulate);
       }
     }
   }
 
   // One panel of the products, from its own rows on.
-  RESFUSE_HD void add_products(ByColumns y, int64_t first, float* runs) const {
+  RESFUSE_HD void add_products(ByColumns y, int64_t first, float* runs, bool accumulate) const {
     const int64_t channels = a.z.channels, rows = channels - first;
     const int64_t length = (y.depth + covariance_runs - 1) / covariance_runs, size = rows * panel_columns;
     for (int64_t run = 0; run < covariance_runs; ++run) {
@@ -84,10 +88,10 @@ struct CovarianceKernel {
     const float* __restrict__ run2 = runs + 2 * size;
     const float* __restrict__ run3 = runs + 3 * size;
     for (int64_t i = 0; i < rows; ++i) {
-      double* __restrict__ to = share->products.data() + (first + i) * round_up(channels, panel_columns) + first;
+      double* __restrict__ to = *share->products + ((first + i) * round_up(channels, panel_columns) + first);
       for (int64_t j = 0; j < panel_columns; ++j) {
         const int64_t at = i * panel_columns + j;
-        to[j] += (run0[at] + run1[at]) + (run2[at] + run3[at]);
+        to[j] = (accumulate ? to[j] : 0.0) + ((run0[at] + run1[at]) + (run2[at] + run3[at]));
       }
     }
   }
@@ -104,39 +108,83 @@ struct CovarianceKernel {
   }
 };
 
-// Sum over chunks of n (m - mean) (m - mean).T, [C, padded C], lower half by panels.
-// The shares are every `parts`-th of the list.
-void add_between(
-    const std::vector<CovarianceShare>& sums, size_t parts, const double* mean, int64_t channels, double* total) {
-  const int64_t stride = chunk_stride(channels), padded = round_up(channels, panel_columns);
+// sqrt(n) (m - mean) of every chunk as a product reads them, [chunks, C]. The shares are every `parts`-th of the list.
+struct Between {
   int64_t chunks = 0;
-  for (size_t s = 0; s < sums.size(); s += parts) chunks += sums[s].chunk_counts.size();
-  const Buffer<float> rows(chunks * stride), product(panel_columns * panel_columns);
-  const Buffer<Word> columns(column_words<float>(chunks, channels));
-  int64_t r = 0;
-  for (size_t s = 0; s < sums.size(); s += parts) {
-    const CovarianceShare& share = sums[s];
-    for (size_t i = 0; i < share.chunk_counts.size(); ++i, ++r) {
-      const double weight = std::sqrt(static_cast<double>(share.chunk_counts[i]));
-      for (int64_t c = 0; c < channels; ++c) {
-        rows[r * stride + c] = static_cast<float>(weight * (share.chunk_means[i * channels + c] - mean[c]));
+  Buffer<Word> columns;
+
+  Between(const std::vector<CovarianceShare>& sums, size_t parts, const double* mean, int64_t channels)
+      : chunks(count(sums, parts)), columns(column_words<float>(chunks, channels)) {
+    const int64_t stride = chunk_stride(channels), padded = round_up(channels, panel_columns);
+    const Buffer<float> rows(chunks * stride);
+    float* row = rows;
+    for (size_t s = 0; s < sums.size(); s += parts) {
+      const CovarianceShare& share = sums[s];
+      for (size_t i = 0; i < share.chunk_counts.size(); ++i, row += stride) {
+        const double weight = std::sqrt(static_cast<double>(share.chunk_counts[i]));
+        for (int64_t c = 0; c < channels; ++c) {
+          row[c] = static_cast<float>(weight * (share.chunk_means[i * channels + c] - mean[c]));
+        }
+        for (int64_t c = channels; c < padded; ++c) row[c] = 0.0f;
       }
-      for (int64_t c = channels; c < padded; ++c) rows[r * stride + c] = 0.0f;
     }
+    by_columns<float>(rows, chunks, padded, stride, columns);
   }
-  const ByColumns m = by_columns<float>(rows, chunks, padded, stride, columns);
-  for (int64_t first = 0; first < channels; first += panel_columns) {
-    for (int64_t row = first; row < channels; row += panel_columns) {
-      const int64_t count = std::min(panel_columns, channels - row);
-      multiply<float>(count, panel_columns, chunks, m.left(row), m.right(first), product, panel_columns, false);
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t j = 0; j < panel_columns; ++j) {
-          total[(row + i) * padded + first + j] += product[i * panel_columns + j];
+
+  static int64_t count(const std::vector<CovarianceShare>& sums, size_t parts) {
+    int64_t chunks = 0;
+    for (size_t s = 0; s < sums.size(); s += parts) chunks += sums[s].chunk_counts.size();
+    return chunks;
+  }
+};
+
+// Panels of rows of the covariance, from all shares' sums, and the columns that mirror them.
+struct MergeCovariance {
+  const std::vector<CovarianceShare>* sums;
+  int64_t parts;
+  const Between* between;  // or null: the products are to be corrected
+  const double* mean;      // [C]
+  int64_t rows;            // M
+  int64_t channels;
+  float* out;  // [C, C]
+
+  RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
+    const int64_t panels = (channels + panel_columns - 1) / panel_columns;
+    const Buffer<float> product(panel_columns * panel_columns);
+    for (int64_t index = begin; index < end; ++index) {
+      // A short panel and a long one by turns, so that contiguous ranges are alike.
+      const int64_t i = (index % 2 ? panels - 1 - index / 2 : index / 2) * panel_columns;
+      const int64_t count = std::min(panel_columns, channels - i);
+      for (int64_t j = 0; j <= i; j += panel_columns) {
+        if (between) {
+          const ByColumns m{between->columns, between->chunks};
+          multiply<float>(count, panel_columns, between->chunks, m.left(i), m.right(j), product, panel_columns, false);
+        }
+        for (int64_t r = 0; r < count; ++r) write_row(i + r, j, product + r * panel_columns);
+        for (int64_t c = 0; c < panel_columns; ++c) {
+          for (int64_t r = j < i ? 0 : c + 1; r < count; ++r) {
+            out[(j + c) * channels + i + r] = out[(i + r) * channels + j + c];
+          }
         }
       }
     }
   }
-}
+
+  RESFUSE_HD void write_row(int64_t i, int64_t first, const float* __restrict__ product) const {
+    const int64_t at = i * round_up(channels, panel_columns) + first, n = std::min(panel_columns, channels - first);
+    double row[panel_columns];
+    for (int64_t c = 0; c < panel_columns; ++c) row[c] = between ? product[c] : 0.0;
+    for (size_t s = first / panel_columns % parts; s < sums->size(); s += parts) {
+      if (!(*sums)[s].products) continue;
+      const double* __restrict__ own = *(*sums)[s].products + at;
+      for (int64_t c = 0; c < panel_columns; ++c) row[c] += own[c];
+    }
+    float* __restrict__ to = out + i * channels + first;
+    for (int64_t c = 0; c < n; ++c) {
+      to[c] = static_cast<float>(row[c] / rows - (between ? 0.0 : mean[i] * mean[first + c]));
+    }
+  }
+};
 
 std::tuple<at::Tensor, at::Tensor> covariance(
     const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, bool x_relu) {
@@ -153,7 +201,6 @@ std::tuple<at::Tensor, at::Tensor> covariance(
     const auto a = activation_of<decltype(stored)>(x, x_scale, x_shift, x_relu);
     for_grid(rows, shares, parts, [&](int64_t share, int64_t part, int64_t begin, int64_t end) {
       CovarianceShare& own = sums[share * parts + part];
-      own.products.assign(size, 0.0);
       own.sum.assign(channels, 0.0);
       run_best(Kernel{a, part, parts, &own}, begin, end);
     });
@@ -161,27 +208,18 @@ std::tuple<at::Tensor, at::Tensor> covariance(
   });
 
   // The parts of one share have the same sums and means; each has its own panels of the products.
-  std::vector<double> exact(channels, 0.0), between(centred ? size : 0, 0.0);
+  std::vector<double> exact(channels, 0.0);
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t s = 0; s < shares * parts; s += parts) exact[c] += sums[s].sum[c];
     exact[c] /= static_cast<double>(rows);
   }
-  if (centred) add_between(sums, parts, exact.data(), channels, between.data());
   const at::Tensor mean = at::empty({channels}, at::kFloat), cov = at::empty({channels, channels}, at::kFloat);
-  float* m = mean.mutable_data_ptr<float>();
-  float* v = cov.mutable_data_ptr<float>();
-  at::parallel_for(0, channels, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      m[i] = static_cast<float>(exact[i]);
-      for (int64_t j = 0; j <= i; ++j) {
-        double value = centred ? between[i * padded + j] : 0.0;
-        for (const CovarianceShare& share : sums) value += share.products[i * padded + j];
-        value /= static_cast<double>(rows);
-        if (!centred) value -= exact[i] * exact[j];
-        v[i * channels + j] = v[j * channels + i] = static_cast<float>(value);
-      }
-    }
-  });
+  std::copy(exact.begin(), exact.end(), mean.mutable_data_ptr<float>());
+  const auto between = centred ? std::make_unique<Between>(sums, parts, exact.data(), channels) : nullptr;
+  const MergeCovariance kernel{&sums, parts, between.get(), exact.data(), rows, channels,
+                               cov.mutable_data_ptr<float>()};
+  at::parallel_for(0, (channels + panel_columns - 1) / panel_columns, 1,
+                   [&](int64_t begin, int64_t end) { run_best(kernel, begin, end); });
   return {mean, cov};
 }
 
