@@ -167,13 +167,20 @@ def shortcut_backward(
         return None, None
     if not (needs_source or any(needs)):
         return None, NONE
-    a = _pooled(k, shortcut, source)
-    da, found = units.backward(k, shortcut.unit, t, kept, g, a, z, None, False, None, needs_source, needs)
+    whole, unit = _pooled(k, shortcut, source), shortcut.unit
+    a, stride = whole, unit.geometry.stride
+    sampled = unit.form != COVARIANCE and stride != (1, 1) and units.is_pointwise(unit, t)
+    if sampled:
+        a, unit = units.sampled(a, stride), unit._replace(geometry=unit.geometry._replace(stride=(1, 1)))
+    da, found = units.backward(k, unit, t, kept, g, a, z, None, False, None, needs_source, needs)
+    if sampled and da is not None:
+        da = Strided(da, stride)
     if da is not None and shortcut.window is not None:
         if isinstance(da, Strided):
-            whole = torch.zeros_like(a)
-            whole[:, :, :: da.stride[0], :: da.stride[1]] = da.compact
-            da = whole
+            rows, columns = da.stride
+            spread = torch.zeros_like(whole)
+            spread[:, :, ::rows, ::columns] = da.compact
+            da = spread
         da = k.avg_pool_backward(da, source, shortcut.window, shortcut.count_include_pad)
     return da, found
 

@@ -101,6 +101,11 @@ def sampled(a: Act, stride: tuple[int, int]) -> Act:
     return a[:, :, ::sh, ::sw]
 
 
+def is_pointwise(unit: Unit, t: Tensors) -> bool:
+    """Whether it is a 1x1 that reads every stride-th pixel and no others."""
+    return t.weight.shape[2:] == (1, 1) and unit.geometry.padding == (0, 0)
+
+
 def matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A 1x1 convolution's weight [K, C, 1, 1] as a dense [K, C] in storage dtype."""
     return weight.flatten(1).to(dtype).contiguous()
