@@ -126,12 +126,13 @@ def test_any_number_of_threads(dtype):
 CAPS = [
     ({"ATEN_CPU_CAPABILITY": "default"}, {"baseline"}),
     ({"ATEN_CPU_CAPABILITY": "avx2"}, {"baseline", "AVX2"}),
+    ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, {"baseline", "AVX2", "AVX-512", "AVX-512 with bfloat16"}),
     ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, {"baseline", "AVX2", "AVX-512"}),
     ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"baseline", "AVX2"}),
 ]
 
 
-@pytest.mark.parametrize("cap, allowed", CAPS, ids=["default", "AVX2", "AVX-512", "oneDNN AVX2"])
+@pytest.mark.parametrize("cap, allowed", CAPS, ids=["default", "AVX2", "no AMX", "AVX-512", "oneDNN AVX2"])
 def test_capped_instruction_sets(cap, allowed):
     """The kernels keep to the caps of torch and oneDNN, and are right there."""
     code = (
@@ -167,11 +168,13 @@ def test_wide_registers_are_used_in_chosen_versions_alone():
         elif "%zmm" in line:
             users.add(name)
     assert any("tile_avx512_bf16" in user for user in users) and any("run_avx512" in user for user in users)
-    assert not [user for user in users if "run_avx512" not in user and "tile_avx512" not in user]
+    versions = "run_avx512", "tile_avx512", "transpose_avx512"
+    assert not [user for user in users if not any(version in user for version in versions)]
 
 
 def test_the_instruction_set_is_reported():
-    assert _native.load().cpu_isa() in {"baseline", "AVX2", "AVX-512", "AVX-512 with bfloat16"}
+    assert _native.load().cpu_isa() in {"baseline", "AVX2", "AVX-512", "AVX-512 with bfloat16",
+                                         "AVX-512 with bfloat16 and AMX"}
 
 
 def test_the_set_serves_all_but_what_it_names():

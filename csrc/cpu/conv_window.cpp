@@ -16,7 +16,7 @@
 namespace resfuse {
 
 // Pixels of a block, and columns of its product in cache at a time.
-constexpr int64_t window_pixels = 528;
+constexpr int64_t window_pixels = 512;
 constexpr int64_t window_columns = 256;
 
 // What a convolution reads: an activation, or a gradient.

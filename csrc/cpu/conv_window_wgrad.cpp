@@ -13,7 +13,7 @@
 namespace resfuse {
 
 // Words of depth in a block.
-constexpr int64_t wgrad_depth = 264;
+constexpr int64_t wgrad_depth = 256;
 
 template <class T, class E>
 struct WindowWgradKernel {

@@ -18,7 +18,7 @@
 
 namespace resfuse {
 
-constexpr int64_t covariance_rows = 264;
+constexpr int64_t covariance_rows = 256;
 constexpr int64_t covariance_runs = 4;  // of a chunk
 // Sums of all shares together, bytes; more threads than that allows divide the panels among them.
 constexpr int64_t covariance_bytes = int64_t{64} << 20;

@@ -39,7 +39,8 @@ struct GradientProductsKernel {
 
   RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
     const int64_t inner = a.z.channels, columns = end_channel - begin_channel;
-    const int64_t size = chunk_size(end - begin, chunk), group = std::min(outer_columns, round_up(inner, panel_columns));
+    const int64_t size = chunk_size(end - begin, chunk);
+    const int64_t group = std::min(outer_columns, round_up(inner, panel_columns));
     const Buffer<E> g_panels(size * round_up(columns, panel_columns));
     const Buffer<Word> g_columns(outer && word_elements<E> == 2 ? column_words<E>(size, columns) : 0);
     const Buffer<Word> a_columns(outer ? column_words<E>(size, group) : 0);

@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <string>
 
+#include "amx.h"
+
 namespace resfuse {
 
 namespace {
@@ -20,7 +22,8 @@ Isa onednn_cap() {
   if (cap == "SSE41" || cap == "AVX") return Isa::baseline;
   if (cap == "AVX2" || cap == "AVX2_VNNI" || cap == "AVX2_VNNI_2") return Isa::avx2;
   if (cap == "AVX512_CORE" || cap == "AVX512_CORE_VNNI") return Isa::avx512;
-  return Isa::avx512_bf16;
+  if (cap == "AVX512_CORE_BF16" || cap == "AVX512_CORE_FP16" || cap == "AVX10_1_512") return Isa::avx512_bf16;
+  return Isa::amx;
 }
 #endif
 
@@ -38,6 +41,7 @@ Isa probe() {
     found = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   }
   found = std::min(found, onednn_cap());
+  if (found == Isa::avx512_bf16 && onednn_cap() == Isa::amx && amx_works()) found = Isa::amx;
 #endif
   return found;
 }
@@ -54,6 +58,7 @@ const char* isa_name(Isa isa) {
     case Isa::avx2: return "AVX2";
     case Isa::avx512: return "AVX-512";
     case Isa::avx512_bf16: return "AVX-512 with bfloat16";
+    case Isa::amx: return "AVX-512 with bfloat16 and AMX";
     default: return "baseline";
   }
 }

@@ -26,7 +26,7 @@
 
 namespace resfuse {
 
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // The best instruction set of this processor within ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA; probed once.
 Isa isa();

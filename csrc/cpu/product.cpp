@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "isa.h"
 
 #if RESFUSE_X86
@@ -215,13 +216,19 @@ template <class E>
 void multiply(
     int64_t rows, int64_t columns, int64_t depth, Left a, Right b, float* c, int64_t stride, bool accumulate,
     Ahead* ahead) {
+  if (depth == 0) {
+    for (int64_t row = 0; row < rows && !accumulate; ++row) {
+      std::fill_n(c + row * stride, round_up(columns, panel_columns), 0.0f);
+    }
+    return;
+  }
+  if (word_elements<E> == 2 && isa() == Isa::amx) {
+    return multiply_amx(rows, columns, depth, a, b, c, stride, accumulate, ahead);
+  }
   const TileFunction* tiles = sizeof(E) == sizeof(Word) ? float_tiles() : bfloat16_tiles();
   const Word* a_words = static_cast<const Word*>(a.words);
   const Word* b_words = static_cast<const Word*>(b.words);
   const int64_t here = 0;
-  if (depth == 0 && !accumulate) {
-    for (int64_t row = 0; row < rows; ++row) std::fill_n(c + row * stride, round_up(columns, panel_columns), 0.0f);
-  }
   for (int64_t column = 0; column < columns; column += panel_columns) {
     const Word* panel = b_words + column / panel_columns * b.panel;
     for (int64_t k = 0; k < depth; k += depth_block) {
@@ -242,6 +249,9 @@ template <class E>
 void multiply_taps(
     int64_t rows, int64_t columns, const Taps& taps, const void* a, int64_t a_depth, const int64_t* a_rows, Right b,
     float* c, int64_t stride, bool accumulate, Ahead* ahead) {
+  if (word_elements<E> == 2 && isa() == Isa::amx) {
+    return multiply_taps_amx(rows, columns, taps, a, a_depth, a_rows, b, c, stride, accumulate, ahead);
+  }
   const TileFunction* tiles = sizeof(E) == sizeof(Word) ? float_tiles() : bfloat16_tiles();
   const Word* a_words = static_cast<const Word*>(a);
   const Word* b_words = static_cast<const Word*>(b.words);

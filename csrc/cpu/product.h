@@ -96,7 +96,7 @@ void multiply(
     Ahead* ahead = nullptr);
 
 // A depth in `count` pieces of `depth` words: piece t begins a[t] words behind the left operand's rows and b[t] behind
-// the right one's panels.
+// the right one's panels. There is one piece of one word at least.
 struct Taps {
   int64_t count;
   int64_t depth;
