@@ -4,48 +4,52 @@ import json
 import sys
 from pathlib import Path
 
+MODES = ("float32", "autocast-bfloat16")
 HEAD = (
-    "| | kept for backward | peak of a step | forward + backward | error of out | of dx |",
-    "|---|---|---|---|---|---|",
+    "| | kept for backward | peak of a step | time, float32 | time, bf16 autocast |",
+    "|---|---|---|---|---|",
 )
-QUANTITIES = ("out", "dx")
 
 
 def rows(results: dict) -> list[str]:
-    """One line per subject and mode: resfuse as a share of eager, speed against eager's faster layout, and errors
-    against float64, ours beside eager's."""
+    """One line per subject, batch and pass: resfuse as a share of eager's bytes, float32 / bf16, and its speed against
+    eager's faster layout."""
+    times = [row for row in results["times"] if row["implementation"] != "eager" and row["passes"] != "forward"]
     lines = []
-    for time in results["times"]:
-        if time["implementation"] != "resfuse" or time["passes"] != "forward+backward":
-            continue
-        key = time["subject"], time["mode"]
-        memory = {row["implementation"]: row for row in _of(results["memory"], key) if row["batch"] == time["batch"]}
-        largest = max(row["batch"] for row in _of(results["memory"], key))
-        saved = {row["implementation"]: row for row in _of(results["memory"], key) if row["batch"] == largest}
-        errors = {row["quantity"]: row for row in _of(results["gate"]["rows"], key)}
-        speed = time["speedup"]
+    for key in dict.fromkeys((row["subject"], row["batch"], row["passes"]) for row in times):
+        subject, batch, passes = key
+        found = [row for row in times if (row["subject"], row["batch"], row["passes"]) == key]
+        name = subject if passes == "forward+backward" else f"{subject} ({passes})"
         cells = [
-            f"{time['subject']}, {time['mode']}, batch {time['batch']}",
-            f"{_share(saved, 'saved_bytes')} (batch {largest})",
-            _share(memory, "peak_bytes"),
-            f"{speed['median']:.2f}x ({speed['low']:.2f}-{speed['high']:.2f})",
-            *(_errors(errors.get(quantity)) for quantity in QUANTITIES),
+            f"{name}, batch {batch}",
+            _shares(results["memory"], subject, None, "saved_bytes"),
+            _shares(results["memory"], subject, batch, "peak_bytes"),
+            *(_speed({row["implementation"]: row for row in found if row["mode"] == mode}) for mode in MODES),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-def _of(found: list[dict], key: tuple[str, str]) -> list[dict]:
-    return [row for row in found if (row["subject"], row["mode"]) == key]
+def _shares(memory: list[dict], subject: str, batch: int | None, field: str) -> str:
+    """Ours over eager's in each mode, at a batch or at the largest."""
+    found = []
+    for mode in MODES:
+        own = [row for row in memory if (row["subject"], row["mode"]) == (subject, mode)]
+        at = batch or max((row["batch"] for row in own), default=None)
+        sizes = {row["implementation"]: row[field] for row in own if row["batch"] == at}
+        if sizes.get("resfuse") and sizes.get("eager"):
+            found.append(f"{sizes['resfuse'] / sizes['eager']:.2f}x")
+    return " / ".join(found) or "-"
 
 
-def _share(rows_by_name: dict[str, dict], field: str) -> str:
-    ours, eager = (rows_by_name.get(name, {}).get(field) for name in ("resfuse", "eager"))
-    return f"{ours / eager:.2f}x" if ours and eager else "-"
-
-
-def _errors(row: dict | None) -> str:
-    return "-" if row is None else f"{row['ours']:.1e} (eager {row['eager']:.1e})"
+def _speed(found: dict[str, dict]) -> str:
+    if "resfuse" not in found:
+        return "-"
+    own = found["resfuse"]["speedup"]
+    cell = f"{own['median']:.2f}x ({own['low']:.2f}-{own['high']:.2f})"
+    if "torch.compile" in found:
+        cell += f", torch.compile {found['torch.compile']['speedup']['median']:.2f}x"
+    return cell
 
 
 if __name__ == "__main__":

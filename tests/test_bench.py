@@ -23,7 +23,8 @@ from resfuse.kernels.interface import PRIMITIVES, Reason
 ROOT = Path(__file__).parents[1]
 SMALL_PLAN = Plan(6.0, tuple(
     Job(subject, mode, 4, 8, (EAGER.name, RESFUSE.name), 1.0, gate_batch=4)
-    for subject in ("small-projection", "small-resnet") for mode in ("float32", "autocast-bfloat16")
+    for subject in ("small-projection", "small-resnet", "small-resnet-eval")
+    for mode in ("float32", "autocast-bfloat16")
 ))
 
 
@@ -38,10 +39,12 @@ def test_a_run_has_errors_memory_and_time_of_everything(tmp_path):
     code, results, text, figure = run(tmp_path)
     assert code == 0 and figure and results["gate"]["passed"] is True
     keys = {(job.subject, job.mode) for job in SMALL_PLAN.jobs}
-    for rows in (results["gate"]["rows"], results["memory"], results["times"]):
+    for rows in (results["gate"]["rows"], results["times"]):
         assert {(row["subject"], row["mode"]) for row in rows} == keys
+    assert {(row["subject"], row["mode"]) for row in results["memory"]} == {k for k in keys if "eval" not in k[0]}
     ours = [row for row in results["times"] if row["implementation"] == RESFUSE.name]
-    assert {row["passes"] for row in ours} == {"forward", "forward+backward"}
+    for evaluation, passes in ((False, {"forward", "forward+backward"}), (True, {"no_grad", "inference_mode"})):
+        assert {row["passes"] for row in ours if ("eval" in row["subject"]) == evaluation} == passes
     assert all(row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"] for row in ours)
     assert all(row["saved_bytes"] > 0 and row["batch"] in (4, 8) for row in results["memory"])
     environment = results["environment"]
@@ -92,7 +95,10 @@ def test_plans_grow_with_their_extent():
     assert len(quick.jobs) < len(default.jobs) < len(full.jobs)
     compiled = [job for job in default.jobs if "torch.compile" in job.implementations]
     assert {job.subject for job in compiled} == {"stage1", "resnet50"}
-    assert default.budget <= 290, "make bench runs a gate before it, six minutes in all"
+    assert {(job.subject, job.batch) for job in default.jobs} >= {
+        ("stage3", 16), ("stage4", 32), *(("resnet50-eval", batch) for batch in (1, 8, 32))
+    }
+    assert default.budget <= 330, "make bench runs a gate before it, six minutes in all"
 
 
 def test_photographs_are_real_and_drawn_anew():

@@ -14,7 +14,7 @@ from ..testing.memory import peak_bytes, saved_bytes
 from ..testing.timing import interleave, ratio, summary
 from .implementations import BASELINES, Implementation
 from .plan import Job
-from .results import PASSES, MemoryRow, NoteRow, TimeRow
+from .results import MemoryRow, NoteRow, TimeRow
 from .workloads import Runner, Workload, make
 
 ROUNDS = 31
@@ -31,7 +31,10 @@ def prepare(
             runner = workload.runner(implementation)
             if implementation.compiled:
                 runner.step()  # compilation is no part of the peak
-            rows.append(memory_row(workload, name, implementation.layout, runner, peak=True))
+            if workload.model.training:
+                rows.append(memory_row(workload, name, implementation.layout, runner, peak=True))
+            else:
+                runner.no_grad()
         except Exception as error:  # an implementation that fails is a result of the run, told in its place
             code = "compile_failed" if implementation.compiled else "failed"
             text = (str(error).strip().splitlines() or [""])[0]
@@ -61,9 +64,11 @@ def memory_row(workload: Workload, name: str, layout: str, runner: Runner, peak:
 def saved_only(
     job: Job, implementations: Mapping[str, Implementation], device: torch.device | str
 ) -> list[MemoryRow]:
-    """Rows at the job's memory batch, for what needs no compilation."""
+    """Rows at the job's memory batch, for what needs no compilation; a model in evaluation keeps nothing, and has none."""
     workload = make(job.subject, job.mode, job.memory_batch, device)
     rows = []
+    if not workload.model.training:
+        return rows
     for name, implementation in implementations.items():
         if not implementation.compiled:
             rows.append(memory_row(workload, name, implementation.layout, workload.runner(implementation), False))
@@ -79,17 +84,14 @@ def times(
     device: torch.device | str,
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[TimeRow]:
-    """Both passes of every warm runner, interleaved within `budget` seconds; no rows without a baseline among them."""
+    """Every pass of every warm runner, interleaved within `budget` seconds; no rows without a baseline among them."""
     baselines = [name for name in runners if name in BASELINES]
     if not baselines:
         return []
-    calls = {}
-    for name, runner in runners.items():
-        calls[name, PASSES[0]] = runner.forward
-        calls[name, PASSES[1]] = runner.step
+    calls = {(name, passes): call for name, runner in runners.items() for passes, call in runner.passes().items()}
     seconds = interleave(calls, budget=budget, maximum=ROUNDS, warmup=0, device=device, progress=progress)
     rows = []
-    for passes in PASSES:
+    for passes in dict.fromkeys(passes for _, passes in calls):
         baseline = min(baselines, key=lambda name: median(seconds[name, passes]))
         for name in runners:
             own = seconds[name, passes]

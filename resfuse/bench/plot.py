@@ -7,6 +7,7 @@ from pathlib import Path
 BASELINES = ("eager", "eager NCHW")
 COLOURS = {"eager": "#9aa5b1", "torch.compile": "#e0a458", "resfuse": "#2a6f97"}
 OTHER = "#6b705c"
+SHOWN = "forward+backward", "inference_mode"
 
 
 def plot(results: dict, path: str | Path) -> None:
@@ -50,7 +51,7 @@ def _speed(rows: list[dict]) -> dict[str, dict[str, tuple]]:
     found: dict[str, dict[str, tuple]] = {}
     for row in rows:
         ours_or_peer = row["implementation"] not in BASELINES
-        if row["passes"] == "forward+backward" and row["speedup"] and ours_or_peer:
+        if row["passes"] in SHOWN and row["speedup"] and ours_or_peer:
             ratio = row["speedup"]
             group = found.setdefault(f"{row['subject']}\n{_short(row['mode'])}, b{row['batch']}", {})
             group[row["implementation"]] = (ratio["median"], (ratio["low"], ratio["high"]))

@@ -10,7 +10,8 @@ from pathlib import Path
 from ..testing.timing import Ratio, Summary
 
 SCHEMA = 1
-PASSES = ("forward", "forward+backward")
+TRAINING = ("forward", "forward+backward")
+EVALUATION = ("no_grad", "inference_mode")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class MemoryRow:
 class TimeRow:
     """Seconds of one pass, and how many times faster than `baseline`, eager's faster layout, in paired rounds.
 
-    passes is one of PASSES. speedup is None for the baseline itself.
+    passes is one of TRAINING or EVALUATION. speedup is None for the baseline itself.
     """
 
     subject: str

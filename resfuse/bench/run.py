@@ -85,6 +85,7 @@ class _Session:
     compile_apart: bool
     progress: Progress
     results: Results = field(init=False)
+    judged: set[tuple] = field(default_factory=set)
 
     def show(self, job: Job, text: str) -> None:
         where = f"{job.subject}, {job.mode}, batch {job.batch}"
@@ -92,7 +93,9 @@ class _Session:
 
     def judge(self, job: Job) -> None:
         for name in job.implementations:
-            if name.startswith(RESFUSE.name):
+            key = job.subject, job.mode, job.gate_batch or job.batch, name
+            if name.startswith(RESFUSE.name) and key not in self.judged:
+                self.judged.add(key)  # once, however many batches are timed
                 self.show(job, "error against float64")
                 self.results.errors += gate.judge(
                     job.subject, job.mode, job.gate_batch or job.batch, self.implementations[name], self.device

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .results import PASSES
+from .results import EVALUATION, TRAINING
 
 BASELINES = ("eager", "eager NCHW")
-SHORT = dict(zip(PASSES, ("fwd", "fwd+bwd"), strict=True))
+SHORT = dict(zip((*TRAINING, *EVALUATION), ("fwd", "fwd+bwd", *EVALUATION), strict=True))
 
 
 def show(results: dict, console: Console) -> None:
@@ -38,7 +38,7 @@ def errors_table(rows: list[dict]) -> Table:
     table = _table("Error against float64, eager > resfuse (norm of the difference over norm, median of seeds)")
     for name in ("subject", "mode", "batch", "seeds", "output", "dx or gradient", "nearest to its limit", "gate"):
         table.add_column(name, justify="right" if name in ("batch", "seeds") else "left")
-    for group in _groups(rows, "subject", "mode", "implementation"):
+    for group in _groups(rows, "subject", "mode", "implementation", "batch"):
         found = {row["quantity"]: row for row in group}
         names = [name for name in ("out", "logits", "dx", "gradient") if name in found]
         worst = max(found, key=lambda name: found[name]["ours"] / max(found[name]["allowed"], 1e-300))
@@ -79,8 +79,8 @@ def times_table(rows: list[dict]) -> Table:
         table.add_column(name)
     for name in ("batch", "rounds", "eager", *names):
         table.add_column(name, justify="right")
-    for group in _groups(rows, "mode", "subject"):
-        for passes in PASSES:
+    for group in _groups(rows, "mode", "subject", "batch"):
+        for passes in dict.fromkeys(row["passes"] for row in group):
             found = {row["implementation"]: row for row in group if row["passes"] == passes}
             baseline = found[next(iter(found.values()))["baseline"]]
             layout = " (NCHW)" if baseline["layout"] == "NCHW" else ""

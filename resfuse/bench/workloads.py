@@ -17,16 +17,18 @@ from ..testing.comparison import MODES, Mode
 from ..testing.models import small_resnet
 from .implementations import Implementation
 from .photographs import photographs
+from .results import EVALUATION, TRAINING
 
 CLASSES = 10  # labels are drawn from the first ten of a network's classes
 
 
 @dataclass(frozen=True)
 class Network:
-    """A classifier of `size` x `size` photographs."""
+    """A classifier of `size` x `size` photographs, in training or in evaluation."""
 
     make: Callable[[], nn.Module]
     size: int
+    training: bool = True
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -41,13 +43,16 @@ TORCHVISION = (
 )
 NETWORKS = {
     **{name: Network(partial(_torchvision, name), 224) for name in TORCHVISION},
+    "resnet50-eval": Network(partial(_torchvision, "resnet50"), 224, training=False),
     "small-resnet": Network(lambda: small_resnet(in_channels=3, classes=CLASSES), 32),
+    "small-resnet-eval": Network(lambda: small_resnet(in_channels=3, classes=CLASSES), 32, training=False),
 }
 
 
 @dataclass
 class Workload:
-    """model (channels_last, training), x and target (a block's dout, a network's labels) on one device.
+    """model (channels_last, training unless its subject says otherwise), x and target (a block's dout, a network's
+    labels) on one device.
 
     unit_bytes: bytes of one width-channel activation of a block, None for a network.
     """
@@ -108,6 +113,20 @@ class Runner:
         """Forward and backward; the gradients are dropped."""
         self.gradients(self.forward())
 
+    def no_grad(self) -> None:
+        with torch.no_grad():
+            self.output()
+
+    def inference_mode(self) -> None:
+        with torch.inference_mode():
+            self.output()
+
+    def passes(self) -> dict[str, Callable[[], object]]:
+        """What is timed, by its name in the results."""
+        if self.model.training:
+            return dict(zip(TRAINING, (self.forward, self.step), strict=True))
+        return dict(zip(EVALUATION, (self.no_grad, self.inference_mode), strict=True))
+
 
 def make(
     subject: str,
@@ -130,7 +149,7 @@ def make(
         model = network.make().to(device=device, dtype=MODES[mode].parameters, memory_format=torch.channels_last)
     x = photographs(batch, size or network.size, seed).to(device=device, dtype=MODES[mode].parameters)
     labels = torch.randint(0, CLASSES, (batch,), generator=torch.Generator().manual_seed(seed)).to(device)
-    return Workload(subject, mode, model.train(), x, labels, None)
+    return Workload(subject, mode, model.train(network.training), x, labels, None)
 
 
 def _block(
