@@ -9,8 +9,11 @@
 #include <vector>
 
 #include "../csrc/cpu/amx.cpp"
+#include "../csrc/cpu/product.cpp"
 
 using namespace resfuse;
+
+Isa resfuse::isa() { return __builtin_cpu_supports("avx512dq") ? Isa::avx512 : Isa::baseline; }
 
 namespace {
 
@@ -117,15 +120,11 @@ bool right(int rows, int columns, int depth, int taps, int kind, bool accumulate
 
 int main() {
   int wrong = 0;
-#if RESFUSE_AMX
-  if (__builtin_cpu_supports("avx512f")) {
-    Word from[16 * 21], ours[256], plain[256];
-    for (Word& w : from) w = generator();
-    Unit::transpose(from, 21, ours);
-    Model::transpose(from, 21, plain);
-    if (std::memcmp(ours, plain, sizeof(ours))) ++wrong, std::printf("transpose\n");
-  }
-#endif
+  Word from[16 * 21], ours[256], plain[256];
+  for (Word& w : from) w = generator();
+  transpose_words(from, 21, ours, 16);
+  Model::transpose(from, 21, plain);
+  if (std::memcmp(ours, plain, sizeof(ours))) ++wrong, std::printf("transpose\n");
   for (int i = 0; i < 200; ++i) {
     const int rows = 1 + draw(i % 3 ? 70 : 200), columns = 1 + draw(200);
     const int depth = i % 4 ? 1 + draw(70) : 16 * (1 + draw(4));

@@ -7,7 +7,6 @@
 #if RESFUSE_X86 && defined(__linux__)
 #define RESFUSE_AMX 1
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -55,36 +54,7 @@ class Unit {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"n"(sum), "n"(left), "n"(right));
   }
 
-  static void transpose(const Word* from, int64_t stride, Word* to) { transpose_avx512(from, stride, to); }
-
- private:
-  // 16 x 16 words, rows `stride` words apart: pairs, fours, and 128-bit lanes change places.
-  RESFUSE_AVX512 static void transpose_avx512(const Word* from, int64_t stride, Word* to) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * stride);
-    for (int i = 0; i < 16; i += 2) {
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-      b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-      b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-      b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-      b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-      _mm512_storeu_si512(to + i * 16, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-      _mm512_storeu_si512(to + (i + 8) * 16, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
-      _mm512_storeu_si512(to + (i + 4) * 16, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
-      _mm512_storeu_si512(to + (i + 12) * 16, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
-    }
-  }
+  static void transpose(const Word* from, int64_t stride, Word* to) { transpose_words(from, stride, to, amx_size); }
 };
 
 // The processor's word for it, the system's, and the permission that Linux wants to be asked for.

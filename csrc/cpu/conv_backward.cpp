@@ -34,7 +34,7 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
 
   const at::Tensor da = want_input ? empty_rows(x, inner) : at::empty({0}, x.options());
   const OuterGrid grid(rows, outer, inner);
-  const OuterSums sums = want_weight ? outer_sums(grid, rows, outer, inner) : OuterSums{};
+  OuterSums sums = want_weight ? OuterSums(rows > 0 ? grid.shares : 0, outer, inner) : OuterSums();
   with_types(dout, [&](auto stored, auto element) {
     using T = decltype(stored);
     using E = decltype(element);
@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
         add ? &added : nullptr, want_input ? mutable_data_of<T>(da) : nullptr};
     run_gradient_products(kernel, rows, grid, sums, nullptr);
   });
-  return {da, want_weight ? merged(sums, outer, inner) : at::empty({0}, at::kFloat)};
+  return {da, want_weight ? sums.merged() : at::empty({0}, at::kFloat)};
 }
 
 TORCH_LIBRARY_IMPL(resfuse, CPU, m) {

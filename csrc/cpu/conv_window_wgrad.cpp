@@ -148,8 +148,7 @@ at::Tensor conv_window_wgrad(
     const int64_t bytes = outer * window.taps() * chunk_stride(inner) * static_cast<int64_t>(sizeof(float));
     const int64_t most = std::max<int64_t>(1, outer_bytes / std::max<int64_t>(1, bytes));
     const int64_t shares = std::max<int64_t>(1, std::min({threads / parts, most, blocks.count()}));
-    OuterSums sums(row_count(dout) > 0 ? shares : 0);
-    for (auto& sum : sums) sum = std::make_unique<OuterSum>(outer * window.taps(), inner);
+    OuterSums sums(row_count(dout) > 0 ? shares : 0, outer * window.taps(), inner);
     if (!sums.empty()) {
       at::parallel_for(0, shares * parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
@@ -157,12 +156,12 @@ at::Tensor conv_window_wgrad(
           run_best(
               WindowWgradKernel<T, E>{blocks, activation_of<T>(x, x_scale, x_shift, x_relu), g.arguments<T>(),
                                       panels * part / parts * panel_columns,
-                                      std::min(outer, panels * (part + 1) / parts * panel_columns), sums[s].get()},
+                                      std::min(outer, panels * (part + 1) / parts * panel_columns), sums[s]},
               blocks.count() * s / shares, blocks.count() * (s + 1) / shares);
         }
       });
     }
-    total = merged(sums, outer * window.taps(), inner);
+    total = sums.merged();
   });
   return total.view({outer, window.rows, window.columns, inner}).permute({0, 3, 1, 2});
 }

@@ -26,7 +26,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products(
 
   const at::Tensor u = wg ? empty_rows(x, inner) : at::empty({0}, x.options());
   const OuterGrid grid(rows, outer, inner);
-  const OuterSums sums = outer_sums(grid, rows, outer, inner);
+  OuterSums sums(rows > 0 ? grid.shares : 0, outer, inner);
   std::vector<std::vector<double>> totals(grid.row_pass_shares(sums.empty()), std::vector<double>(outer, 0.0));
   const bool centred = with_types(dout, [&](auto stored, auto element) {
     using T = decltype(stored);
@@ -52,7 +52,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products(
   }
   const bool correct = mean && !centred;
   const at::Tensor products =
-      merged(sums, outer, inner, correct ? t : nullptr, correct ? vector_of(mean) : nullptr);
+      sums.merged(correct ? t : nullptr, correct ? vector_of(mean) : nullptr);
   return {products, total, u};
 }
 

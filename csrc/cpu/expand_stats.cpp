@@ -194,20 +194,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand_co
   Panels<float> panels(inner, inner);
   pack(data_of<float>(cov), panels, inner);
   const int64_t shares = share_count(outer, inner * inner);
-  OuterSums sums(shares);
+  OuterSums sums(shares, inner, inner);
   std::vector<std::vector<double>> from_g(shares, std::vector<double>(inner, 0.0)), from_a = from_g;
   with_type(weight, [&](auto stored) {
     using T = decltype(stored);
     for_shares(outer, shares, [&](int64_t share, int64_t begin, int64_t end) {
-      sums[share] = std::make_unique<OuterSum>(inner, inner);
       run_best(
           CoefficientsKernel<T>{matrix_rows(data_of<T>(weight), inner), data_of<T>(wg), data_of<float>(products),
                                 data_of<float>(sum_g), data_of<float>(scale), data_of<float>(invstd),
                                 static_cast<float>(count), &panels, mutable_data_of<float>(dgamma),
-                                mutable_data_of<float>(dweight), sums[share].get(), from_g[share].data()},
+                                mutable_data_of<float>(dweight), sums[share], from_g[share].data()},
           begin, end);
     });
-    const at::Tensor whole = merged(sums, inner, inner);
+    const at::Tensor whole = sums.merged();
     mirror(whole.mutable_data_ptr<float>(), inner);
     const float* values = data_of<float>(whole);
     std::vector<float> largest(inner, 0.0f);

@@ -133,20 +133,20 @@ struct GradientProductsKernel {
 // sums: one a share, none if they are not wanted; totals: one for each share of the row pass, or null.
 template <class T, class E>
 void run_gradient_products(
-    const GradientProductsKernel<T, E>& whole, int64_t rows, const OuterGrid& grid, const OuterSums& sums,
+    const GradientProductsKernel<T, E>& whole, int64_t rows, const OuterGrid& grid, OuterSums& sums,
     std::vector<std::vector<double>>* totals) {
   const bool once = grid.parts == 1 || sums.empty();
   for_shares(rows, grid.row_pass_shares(sums.empty()), [&](int64_t share, int64_t begin, int64_t end) {
     auto kernel = whole;
     if (totals) kernel.total = (*totals)[share].data();
-    if (once && !sums.empty()) kernel.outer = sums[share].get();
+    if (once && !sums.empty()) kernel.outer = sums[share];
     if (kernel.weight || kernel.total || kernel.outer) run_best(kernel, begin, end);
   });
   if (once) return;
   for_grid(rows, grid.shares, grid.parts, [&](int64_t share, int64_t part, int64_t begin, int64_t end) {
     auto kernel = whole;
     kernel.weight = nullptr;
-    kernel.outer = sums[share].get();
+    kernel.outer = sums[share];
     std::tie(kernel.begin_channel, kernel.end_channel) = grid.channels(part, whole.g.channels);
     run_best(kernel, begin, end);
   });

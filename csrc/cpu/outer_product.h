@@ -51,10 +51,12 @@ struct OuterGrid {
   }
 };
 
-// One share's sums [outer, stride].
+// One share's sums [outer, stride], in memory of their own or in that of a result [outer, inner].
 class OuterSum {
  public:
-  OuterSum(int64_t outer, int64_t inner) : inner_(inner), stride_(chunk_stride(inner)), data_(outer * stride_) {}
+  OuterSum(int64_t outer, int64_t inner)
+      : stride_(chunk_stride(inner)), own_(std::make_unique<Buffer<float>>(outer * stride_)), data_(*own_) {}
+  OuterSum(float* result, int64_t inner) : stride_(inner), data_(result) {}
 
   // Rows first .. + count of the sum gain g.T @ y in the columns column .. + columns; g and y hold those channels
   // alone. The first gain must not accumulate.
@@ -68,18 +70,17 @@ class OuterSum {
     }
   }
 
-  const float* row(int64_t i) const { return data_ + i * stride_; }
-  float* row(int64_t i) { return data_ + i * stride_; }
+  float* row(int64_t i) const { return data_ + i * stride_; }
   int64_t stride() const { return stride_; }
 
  private:
-  int64_t inner_;
   int64_t stride_;
-  Buffer<float> data_;
+  std::unique_ptr<Buffer<float>> own_;
+  float* data_;
 };
 
 struct MergeKernel {
-  const std::vector<std::unique_ptr<OuterSum>>* shares;
+  const std::vector<OuterSum>* shares;
   int64_t inner;
   const float* less_rows;     // [outer] or null: less_rows[i] * less_columns[j] is subtracted
   const float* less_columns;  // [inner]
@@ -88,10 +89,12 @@ struct MergeKernel {
   RESFUSE_HD void operator()(int64_t begin, int64_t end) const {
     for (int64_t i = begin; i < end; ++i) {
       float* __restrict__ o = out + i * inner;
-      const float* __restrict__ first = shares->front()->row(i);
-      for (int64_t j = 0; j < inner; ++j) o[j] = first[j];
+      const float* first = shares->front().row(i);
+      if (first != o) {
+        for (int64_t j = 0; j < inner; ++j) o[j] = first[j];
+      }
       for (size_t s = 1; s < shares->size(); ++s) {
-        const float* __restrict__ next = (*shares)[s]->row(i);
+        const float* __restrict__ next = (*shares)[s].row(i);
         for (int64_t j = 0; j < inner; ++j) o[j] += next[j];
       }
       if (less_rows) {
@@ -101,25 +104,39 @@ struct MergeKernel {
   }
 };
 
-using OuterSums = std::vector<std::unique_ptr<OuterSum>>;
+// The sums of all shares, and the result that they are merged to. The first share's lie in the result already where
+// its rows are whole panels: a weight gradient may be larger than anything else in backward.
+class OuterSums {
+ public:
+  OuterSums() = default;  // that are not wanted
 
-// One sum per share of a grid, none if there are no rows.
-inline OuterSums outer_sums(const OuterGrid& grid, int64_t rows, int64_t outer, int64_t inner) {
-  OuterSums sums(rows > 0 ? grid.shares : 0);
-  for (auto& sum : sums) sum = std::make_unique<OuterSum>(outer, inner);
-  return sums;
-}
+  // shares: 0 where there are no rows.
+  OuterSums(int64_t shares, int64_t outer, int64_t inner)
+      : outer_(outer), inner_(inner),
+        result_(shares > 0 ? at::empty({outer, inner}, at::kFloat) : at::zeros({outer, inner}, at::kFloat)) {
+    shares_.reserve(shares);
+    if (shares > 0 && inner % panel_columns == 0) shares_.emplace_back(result_.mutable_data_ptr<float>(), inner);
+    while (static_cast<int64_t>(shares_.size()) < shares) shares_.emplace_back(outer, inner);
+  }
 
-// The shares' sums added in order, [outer, inner].
-inline at::Tensor merged(
-    const OuterSums& shares, int64_t outer, int64_t inner, const float* less_rows = nullptr,
-    const float* less_columns = nullptr) {
-  if (shares.empty()) return at::zeros({outer, inner}, at::kFloat);
-  at::Tensor out = at::empty({outer, inner}, at::kFloat);
-  const MergeKernel kernel{&shares, inner, less_rows, less_columns, out.mutable_data_ptr<float>()};
-  const int64_t grain = std::max<int64_t>(1, least_elements / std::max<int64_t>(1, inner));
-  at::parallel_for(0, outer, grain, [&](int64_t begin, int64_t end) { run_best(kernel, begin, end); });
-  return out;
-}
+  bool empty() const { return shares_.empty(); }
+  OuterSum* operator[](int64_t share) { return &shares_[share]; }
+
+  // The shares' sums added in order, [outer, inner].
+  at::Tensor merged(const float* less_rows = nullptr, const float* less_columns = nullptr) const {
+    float* out = empty() ? nullptr : result_.mutable_data_ptr<float>();
+    if (empty() || (shares_.size() == 1 && shares_.front().row(0) == out && !less_rows)) return result_;
+    const MergeKernel kernel{&shares_, inner_, less_rows, less_columns, out};
+    const int64_t grain = std::max<int64_t>(1, least_elements / std::max<int64_t>(1, inner_));
+    at::parallel_for(0, outer_, grain, [&](int64_t begin, int64_t end) { run_best(kernel, begin, end); });
+    return result_;
+  }
+
+ private:
+  int64_t outer_ = 0;
+  int64_t inner_ = 0;
+  at::Tensor result_;
+  std::vector<OuterSum> shares_;
+};
 
 }  // namespace resfuse

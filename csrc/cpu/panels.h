@@ -74,17 +74,26 @@ struct PackKernel {
     }
   }
 
-  // Column by column, a few lines at a time that stay in the nearest cache: the panel's columns lie far apart in w.
+  // By blocks of 16 lines and columns, since the panel's columns lie far apart in w.
   RESFUSE_HD void fill_transposed(const T* from, int64_t count, Word* __restrict__ out) const {
-    constexpr int64_t lines = 16;
+    constexpr int64_t size = 16;
+    const bool direct = sizeof(T) == sizeof(E) && column_stride % step == 0;
     const int64_t whole = depth / step;
-    for (int64_t k = 0; k < whole; k += lines) {
-      const int64_t some = std::min(lines, whole - k);
-      for (int64_t j = 0; j < count; ++j) {
-        const T* __restrict__ column = from + j * column_stride + k * step;
-        for (int64_t i = 0; i < some; ++i) {
-          const E second = step == 2 ? element<E>(column[i * step + step - 1]) : E{};
-          out[(k + i) * panel_columns + j] = word_of<E>(element<E>(column[i * step]), second);
+    for (int64_t k = 0; k < whole; k += size) {
+      const int64_t lines = std::min(size, whole - k);
+      for (int64_t first = 0; first < count; first += size) {
+        const T* block = from + first * column_stride + k * step;
+        Word* to = out + k * panel_columns + first;
+        if (direct && lines == size && count - first >= size) {
+          transpose_words(block, column_stride / step, to, panel_columns);
+          continue;
+        }
+        for (int64_t j = 0; j < std::min(size, count - first); ++j) {
+          for (int64_t i = 0; i < lines; ++i) {
+            const T* pair = block + j * column_stride + i * step;
+            const E second = step == 2 ? element<E>(pair[step - 1]) : E{};
+            to[i * panel_columns + j] = word_of<E>(element<E>(pair[0]), second);
+          }
         }
       }
     }

@@ -11,8 +11,8 @@
 
 namespace resfuse {
 
-// Shares and chunks begin at multiples of this: whole tiles of AMX, and pairs of rows for bfloat16 words. Tiles of 6 rows
-// end in one of 2 or 4, which takes a third or two thirds of their time.
+// Shares and chunks begin at multiples of this: whole tiles of AMX, and pairs of rows for bfloat16 words. Tiles of 6
+// rows end in one of 2 or 4, which takes a third or two thirds of their time.
 constexpr int64_t row_unit = 16;
 constexpr int64_t chunk_rows = 128;
 // Elementwise work below this does not repay a thread's start.

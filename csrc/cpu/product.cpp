@@ -2,6 +2,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "amx.h"
 #include "isa.h"
@@ -181,6 +182,34 @@ RESFUSE_AVX512_BF16 void tile_avx512_bf16(const Tile& t) {
   write(sum, t);
 }
 
+// Pairs, fours, and 128-bit lanes change places.
+RESFUSE_AVX512 void transpose_avx512(const Word* from, int64_t from_stride, Word* to, int64_t to_stride) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+    _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+    _mm512_storeu_si512(to + (i + 4) * to_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+    _mm512_storeu_si512(to + (i + 12) * to_stride, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+  }
+}
+
 #endif
 
 // The tile for each count of rows up to 6 (index 0 is not used).
@@ -207,6 +236,18 @@ const TileFunction* bfloat16_tiles() {
 }
 
 }  // namespace
+
+void transpose_words(const void* from, int64_t from_stride, Word* to, int64_t to_stride) {
+  const Word* words = static_cast<const Word*>(from);
+#if RESFUSE_X86
+  if (isa() >= Isa::avx512) return transpose_avx512(words, from_stride, to, to_stride);
+#endif
+  for (int64_t i = 0; i < 16; ++i) {
+    for (int64_t j = 0; j < 16; ++j) {
+      std::memcpy(to + j * to_stride + i, words + i * from_stride + j, sizeof(Word));  // weights may be aligned by two
+    }
+  }
+}
 
 bool multiplies_bfloat16() {
   return isa() >= Isa::avx512_bf16;

@@ -110,6 +110,9 @@ void multiply_taps(
     int64_t rows, int64_t columns, const Taps& taps, const void* a, int64_t a_depth, const int64_t* a_rows, Right b,
     float* c, int64_t stride, bool accumulate, Ahead* ahead = nullptr);
 
+// to[j, i] = from[i, j] for 16 x 16 words, whose rows begin `from_stride` and `to_stride` words apart.
+void transpose_words(const void* from, int64_t from_stride, Word* to, int64_t to_stride);
+
 // Whether this processor multiplies bfloat16 in words of two; elsewhere kernels widen them to float in cache.
 bool multiplies_bfloat16();
 
