@@ -45,8 +45,8 @@ TORCH_LIBRARY(resfuse, m) {
         "-> (Tensor scale, Tensor shift, Tensor invstd)");
   m.def("update_running(Tensor mean, Tensor var, int count, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
         "Tensor(c!)? tracked, float? momentum) -> ()");
-  m.def("bn_reduce(" RESFUSE_MASKED ", Tensor z, Tensor? scale, Tensor? shift, Tensor mean, Tensor invstd) "
-        "-> (Tensor dbeta, Tensor dgamma)");
+  m.def("bn_reduce(" RESFUSE_MASKED ", Tensor z, Tensor? scale, Tensor? shift, Tensor mean, Tensor invstd, "
+        "Tensor? gamma) -> (Tensor dbeta, Tensor dgamma, Tensor mean_dy, Tensor slope, Tensor bn_scale)");
   m.def("bn_relu_max_pool(Tensor x, Tensor scale, Tensor shift, bool relu, int out_height, int out_width, int[] size, "
         "int[] stride, int[] padding, int[] dilation) -> (Tensor out, Tensor argmax)");
   m.def("max_pool_backward(Tensor dout, Tensor argmax, Tensor x, int[] size, int[] stride, int[] padding, "

@@ -1,5 +1,7 @@
-// bn_reduce: the two sums of BatchNorm's backward, over all rows of a gradient dy (gradient.h) and z [M, C]:
+// bn_reduce: the two sums of BatchNorm's backward, over all rows of a gradient dy (gradient.h) and z [M, C], and the
+// vectors of the recipe that dz is (gradient.h):
 //   dbeta = sum(dy)     dgamma = invstd * sum(dy * (z - mean))
+//   mean_dy = dbeta / M     slope = dgamma * invstd / M     bn_scale = gamma * invstd
 //
 // dy is masked by relu(scale * z + shift) where shift is given. Reads M*C*s twice (dy, z). Sums in float32 over a
 // chunk, chunks in double, in order.
@@ -66,10 +68,10 @@ struct ReduceKernel {
   }
 };
 
-std::tuple<at::Tensor, at::Tensor> bn_reduce(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_reduce(
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
     const at::Tensor& z, const OptionalTensor& scale, const OptionalTensor& shift, const at::Tensor& mean,
-    const at::Tensor& invstd) {
+    const at::Tensor& invstd, const OptionalTensor& gamma) {
   const OptionalTensor none;
   const GradientTensors g{dout, mask, row_scale, factor, none, none, none, none, none, none};
   g.check();
@@ -78,6 +80,7 @@ std::tuple<at::Tensor, at::Tensor> bn_reduce(
   check_affine(scale, shift, "scale", "shift", channels);
   check_vector(mean, "mean", channels);
   check_vector(invstd, "invstd", channels);
+  if (gamma) check_vector(*gamma, "gamma", channels);
 
   const int64_t shares = share_count(rows, channels);
   std::vector<std::vector<double>> sums(shares, std::vector<double>(2 * channels, 0.0));
@@ -90,17 +93,23 @@ std::tuple<at::Tensor, at::Tensor> bn_reduce(
     });
   });
 
-  const at::Tensor dbeta = at::empty({channels}, at::kFloat), dgamma = at::empty({channels}, at::kFloat);
+  const auto vector = [&] { return at::empty({channels}, at::kFloat); };
+  const at::Tensor dbeta = vector(), dgamma = vector(), mean_dy = vector(), slope = vector(), bn_scale = vector();
+  const float *i = data_of<float>(invstd), *given = vector_of(gamma), count = static_cast<float>(rows);
   for (int64_t c = 0; c < channels; ++c) {
     double plain = 0.0, weighed = 0.0;
     for (const auto& share : sums) {
       plain += share[c];
       weighed += share[channels + c];
     }
-    dbeta.mutable_data_ptr<float>()[c] = static_cast<float>(plain);
-    dgamma.mutable_data_ptr<float>()[c] = static_cast<float>(invstd.const_data_ptr<float>()[c] * weighed);
+    const float total = static_cast<float>(plain), own = static_cast<float>(i[c] * weighed);
+    mutable_data_of<float>(dbeta)[c] = total;
+    mutable_data_of<float>(dgamma)[c] = own;
+    mutable_data_of<float>(mean_dy)[c] = total / count;
+    mutable_data_of<float>(slope)[c] = own * i[c] / count;
+    mutable_data_of<float>(bn_scale)[c] = given ? given[c] * i[c] : i[c];
   }
-  return {dbeta, dgamma};
+  return {dbeta, dgamma, mean_dy, slope, bn_scale};
 }
 
 TORCH_LIBRARY_IMPL(resfuse, CPU, m) {

@@ -59,7 +59,11 @@ def plan(device: torch.device | str, extent: str = "default", budget: float | No
         "default": (*STAGES, *PROJECTIONS[1:4:2], *(CASES[name] for name in DEFAULT_FAMILY)),
         "full": (*STAGES, *PROJECTIONS, *RELATIVES, *FAMILY),
     }[extent]
-    jobs = []
+    # The networks first: their compilers must find time.
+    jobs = [
+        network_job("resnet50", "float32", batch, full, nchw=True),
+        network_job("resnet50", "autocast-bfloat16", batch, not quick),
+    ]
     for mode in ("float32", "autocast-bfloat16"):
         for case in cases:
             compiled = full or (case is STAGES[0] and not quick)
@@ -69,8 +73,6 @@ def plan(device: torch.device | str, extent: str = "default", budget: float | No
             jobs.append(replace(block_job(case.name, mode, larger, False), memory_batch=larger))
         for images in (1, batch, 4 * batch) if not quick else ():
             jobs.append(Job("resnet50-eval", mode, images, images, _names(False), 0.8 * images, gate_batch=1))
-    jobs.append(network_job("resnet50", "float32", batch, full, nchw=True))
-    jobs.append(network_job("resnet50", "autocast-bfloat16", batch, not quick))
     for name in ("resnet18", "densenet121") if full else ():
         jobs += [network_job(name, mode, batch, True) for mode in ("float32", "autocast-bfloat16")]
     return Plan(budget or {"quick": 90.0, "default": 330.0, "full": 4800.0}[extent], tuple(jobs))

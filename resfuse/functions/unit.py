@@ -240,12 +240,14 @@ def gradients(unit: Unit, t: Tensors, kept: Kept, dweight: Tensor | None, dgamma
     dbias = None
     if t.bias is not None:
         dbias = torch.zeros_like(t.bias) if unit.batch else (kept.scale * dbeta).to(t.bias.dtype)
-    return Gradients(
-        None if dweight is None else dweight.view(t.weight.shape).to(t.weight.dtype),
-        dbias,
-        None if t.gamma is None else dgamma.to(t.gamma.dtype),
-        None if t.beta is None else dbeta.to(t.beta.dtype),
-    )
+    if dweight is not None:
+        dweight = _as_parameter(dweight, t.weight).view(t.weight.shape)
+    dgamma = None if t.gamma is None else _as_parameter(dgamma, t.gamma)
+    return Gradients(dweight, dbias, dgamma, None if t.beta is None else _as_parameter(dbeta, t.beta))
+
+
+def _as_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
+    return gradient if gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
 
 
 def dtype_of(a: Act) -> torch.dtype:

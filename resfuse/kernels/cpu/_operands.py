@@ -13,22 +13,31 @@ STORED = (torch.float32, torch.bfloat16)
 
 def check_rows(**tensors: Tensor | None) -> None:
     """Raise Unsupported unless each tensor is on the CPU, of a stored dtype and dense channels_last."""
-    _check(tensors, _is_dense, "is not dense in channels_last")
+    for t in tensors.values():
+        if t is not None and not (_is_stored(t) and _is_dense(t)):
+            raise Unsupported(_reasons(tensors, _is_dense, "is not dense in channels_last"))
 
 
 def check_views(**tensors: Tensor | None) -> None:
     """As `check_rows`, strided views of channels_last too."""
-    _check(tensors, lambda t: t.stride(1) == 1 or _is_dense(t), "is not channels_last, nor a strided view of it")
+    for t in tensors.values():
+        if t is not None and not (_is_stored(t) and _is_view(t)):
+            raise Unsupported(_reasons(tensors, _is_view, "is not channels_last, nor a strided view of it"))
 
 
 def check_vectors(dtype: torch.dtype = torch.float32, **vectors: Tensor | None) -> None:
     """Raise Unsupported unless each vector is on the CPU, contiguous and of the dtype."""
     reasons = []
     for name, t in vectors.items():
-        if t is not None and not (t.dtype == dtype and t.device.type == "cpu" and t.is_contiguous()):
+        if t is not None and not (t.dtype == dtype and t.is_cpu and t.is_contiguous()):
             reasons.append(Reason("vector", f"{name} is {t.dtype} on {t.device}, not contiguous {dtype} on the CPU"))
     if reasons:
         raise Unsupported(reasons)
+
+
+def vector(t: Tensor | None) -> Tensor | None:
+    """A parameter as the operators take it."""
+    return t if t is None or t.dtype == torch.float32 else t.float()
 
 
 def check_stored(**matrices: Tensor) -> None:
@@ -89,15 +98,21 @@ def written(results: tuple[Tensor, Tensor, Tensor, Tensor], want: Want, stats: t
     return Written(out, mask if want.mask else None, stats(mean, var) if want.stats else None)
 
 
+def _is_stored(t: Tensor) -> bool:
+    return t.is_cpu and t.dtype in STORED and t.dim() == 4
+
+
 def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last)
 
 
-def _check(tensors: dict[str, Tensor | None], readable, otherwise: str) -> None:
+def _is_view(t: Tensor) -> bool:
+    return t.stride(1) == 1 or _is_dense(t)
+
+
+def _reasons(tensors: dict[str, Tensor | None], readable, otherwise: str) -> list[Reason]:
     reasons = []
     for name, t in tensors.items():
-        if t is None or (t.dtype in STORED and t.device.type == "cpu" and t.dim() == 4 and readable(t)):
-            continue
-        reasons += unsupported(t.device.type, t.dtype) or [Reason("layout", f"{name} {otherwise}")]
-    if reasons:
-        raise Unsupported(reasons)
+        if t is not None and not (_is_stored(t) and readable(t)):
+            reasons += unsupported(t.device.type, t.dtype) or [Reason("layout", f"{name} {otherwise}")]
+    return reasons

@@ -12,14 +12,11 @@ def bn_backward(dy: Grad, a: Act | None, z: Tensor, context: BNContext) -> tuple
         raise Unsupported([Reason("activation_given", "the ReLU's mask is made from z's own recipe")])
     _operands.check_rows(z=z)
     mean, invstd, gamma, batch = context
-    if a is None:
-        scale, shift = invstd if gamma is None else gamma.to(invstd.dtype) * invstd, None
-    else:  # to the bit what made the activation
-        scale, shift = a.scale, a.shift
-    own_scale = None if shift is None else scale
-    dbeta, dgamma = _native.load().bn_reduce(*_operands.masked(dy), z, own_scale, shift, mean, invstd)
-    mean_dy = slope = None
-    if batch:
-        count = z.numel() // z.shape[1]
-        mean_dy, slope = dbeta / count, dgamma * invstd / count
-    return BNGrad(dy, z, mean, scale, mean_dy, slope, shift), dgamma, dbeta
+    # A given activation's own scale and shift: its mask is then made to the bit as it was.
+    scale, shift = (None, None) if a is None else (a.scale, a.shift)
+    gamma = _operands.vector(gamma)
+    operands = *_operands.masked(dy), z, scale, shift, mean, invstd, gamma
+    dbeta, dgamma, mean_dy, slope, bn_scale = _native.load().bn_reduce(*operands)
+    if not batch:
+        mean_dy = slope = None
+    return BNGrad(dy, z, mean, bn_scale if scale is None else scale, mean_dy, slope, shift), dgamma, dbeta

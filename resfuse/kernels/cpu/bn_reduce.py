@@ -9,4 +9,4 @@ from . import _operands
 
 def bn_reduce(dy: Tensor | Masked, z: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
     _operands.check_rows(z=z)
-    return _native.load().bn_reduce(*_operands.masked(dy), z, None, None, mean, invstd)
+    return _native.load().bn_reduce(*_operands.masked(dy), z, None, None, mean, invstd, None)[:2]
