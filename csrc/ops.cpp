@@ -25,8 +25,8 @@ TORCH_LIBRARY(resfuse, m) {
   m.def("conv_stats(" RESFUSE_ACT ", Tensor weight, bool want_stats) -> (Tensor z, Tensor mean, Tensor var)");
   m.def("conv_window(" RESFUSE_ACT ", Tensor weight, int[] stride, int[] padding, int[] dilation, int out_height, "
         "int out_width, bool want_stats) -> (Tensor z, Tensor mean, Tensor var)");
-  m.def("conv_window_dgrad(" RESFUSE_GRADIENT ", Tensor weight, int height, int width, int[] padding, int[] dilation, "
-        "Tensor? add, Tensor? add_mask, Tensor? add_row_scale, float add_factor) -> Tensor");
+  m.def("conv_window_dgrad(" RESFUSE_GRADIENT ", Tensor weight, int height, int width, int[] stride, int[] padding, "
+        "int[] dilation, Tensor? add, Tensor? add_mask, Tensor? add_row_scale, float add_factor) -> Tensor");
   m.def("conv_window_wgrad(" RESFUSE_GRADIENT ", " RESFUSE_ACT ", int[] size, int[] stride, int[] padding, "
         "int[] dilation) -> Tensor");
   m.def("covariance(" RESFUSE_ACT ") -> (Tensor mean, Tensor cov)");

@@ -1,8 +1,9 @@
 // conv_window: convolutions with a window and their statistics, and the gradient of their input, which is one too.
 //
 //   z[n, p, q] = sum over taps (r, s) of a[n, p*sh - ph + r*dh, q*sw - pw + s*dw] @ W[:, :, r, s].T
-//   da = the same of dz with W turned round and transposed, + add                                (stride 1)
+//   da = the same of dz with W turned round and transposed, + add
 //
+// With a stride, every stride-th pixel of da in each direction is a convolution of its own, with every stride-th tap.
 // a and dz are made from their recipes in cache, block by block (window.h); nine taps read them there. Reads M*C*s and
 // the lines that neighbouring blocks share, writes M*K*s. 2*M*K*C*R*S operations.
 #include <torch/library.h>
@@ -37,12 +38,20 @@ struct Source {
   }
 };
 
+// Where pixel (p, q) of what is made lies in the output, height x width: (first_h + p * step_h, first_w + q * step_w).
+struct Place {
+  int64_t height, width;
+  int64_t first_h, first_w;
+  int64_t step_h, step_w;
+};
+
 template <class T, class E>
 struct WindowKernel {
   Blocks blocks;
   Source<T> source;
   const Panels<E>* weight;  // [taps, C, K]
   const Gradient<T>* add;   // or null
+  Place place;
   T* out;
   Moments* moments;  // of this share, or null
 
@@ -83,11 +92,17 @@ struct WindowKernel {
   RESFUSE_HD void write(
       int64_t first, int64_t count, int64_t column, int64_t columns, const float* product, int64_t stride) const {
     T piece[window_columns];
+    const int64_t width = blocks.w.out_width;
+    int64_t line = first / width, q = first % width;
     for (int64_t r = 0; r < count; ++r) {
       const float* __restrict__ from = product + r * stride;
-      T* __restrict__ to = out + (first + r) * weight->columns() + column;
+      const int64_t image = line / blocks.w.out_height, p = line % blocks.w.out_height;
+      const int64_t row = (image * place.height + place.first_h + p * place.step_h) * place.width + place.first_w +
+                          q * place.step_w;
+      if (++q == width) q = 0, ++line;
+      T* __restrict__ to = out + row * weight->columns() + column;
       if (add) {
-        masked_row(*add, first + r, column, columns, piece);
+        masked_row(*add, row, column, columns, piece);
         for (int64_t j = 0; j < columns; ++j) to[j] = store<T>(from[j] + load(piece[j]));
       } else {
         for (int64_t j = 0; j < columns; ++j) to[j] = store<T>(from[j]);
@@ -98,15 +113,15 @@ struct WindowKernel {
 
 template <class T, class E>
 void run_window(
-    const ConvWindow& window, const Source<T>& source, const Panels<E>& weight, const Gradient<T>* add, T* out,
-    std::vector<Moments>* moments) {
+    const ConvWindow& window, const Source<T>& source, const Panels<E>& weight, const Gradient<T>* add,
+    const Place& place, T* out, std::vector<Moments>* moments) {
   const int64_t threads = std::max<int64_t>(1, at::get_num_threads());
   const Blocks blocks(window, window_pixels, threads);
   const int64_t shares = std::max<int64_t>(1, std::min(threads, blocks.count()));
   if (moments) moments->assign(shares, Moments(weight.columns()));
   at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
-      run_best(WindowKernel<T, E>{blocks, source, &weight, add, out, moments ? &(*moments)[s] : nullptr},
+      run_best(WindowKernel<T, E>{blocks, source, &weight, add, place, out, moments ? &(*moments)[s] : nullptr},
                blocks.count() * s / shares, blocks.count() * (s + 1) / shares);
     }
   });
@@ -136,18 +151,50 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_window(
       pack_tap(tap, panels, inner, weight.stride(1), weight.stride(0), t);
     }
     const Source<T> source{activation_of<T>(x, x_scale, x_shift, x_relu), Gradient<T>{}};
-    run_window<T, E>(window, source, panels, nullptr, mutable_data_of<T>(z), want_stats ? &moments : nullptr);
+    const Place dense{out_height, out_width, 0, 0, 1, 1};
+    run_window<T, E>(window, source, panels, nullptr, dense, mutable_data_of<T>(z), want_stats ? &moments : nullptr);
   });
   if (!want_stats) return {z, at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
   auto [mean, var] = merged(moments);
   return {z, mean, var};
 }
 
+namespace {
+
+// In one direction, for the pixels of da that are `first` beyond a multiple of the stride: the taps that reach them,
+// from the last one back, as a window of its own over dz.
+struct Phase {
+  int64_t last_tap;
+  int64_t step;  // between taps
+  int64_t count;
+  int64_t dilation;
+  int64_t padding;
+  int64_t size;  // of what is made
+
+  Phase(int64_t taps, int64_t stride, int64_t padding_, int64_t dilation_, int64_t length, int64_t first)
+      : last_tap(-1), step(1), count(0), dilation(1), padding(0), size((length - first + stride - 1) / stride) {
+    for (int64_t r = taps - 1; r >= 0; --r) {
+      const int64_t at = first + padding_ - r * dilation_;
+      if (at % stride != 0) continue;
+      if (count == 0) {
+        last_tap = r;
+        padding = -at / stride;
+      } else if (count == 1) {
+        step = last_tap - r;
+        dilation = step * dilation_ / stride;
+      }
+      ++count;
+    }
+  }
+};
+
+}  // namespace
+
 at::Tensor conv_window_dgrad(
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
     const OptionalTensor& z, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& mean,
     const OptionalTensor& mean_dy, const OptionalTensor& slope, const at::Tensor& weight, int64_t height,
-    int64_t width, at::IntArrayRef padding, at::IntArrayRef dilation, const OptionalTensor& add,
+    int64_t width, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, const OptionalTensor& add,
     const OptionalTensor& add_mask, const OptionalTensor& add_row_scale, double add_factor) {
   const OptionalTensor none;
   const GradientTensors g{dout, mask, row_scale, factor, z, scale, shift, mean, mean_dy, slope};
@@ -155,11 +202,20 @@ at::Tensor conv_window_dgrad(
   check_same_dtype(weight, "weight", dout);
   TORCH_CHECK(weight.dim() == 4 && weight.size(0) == dout.size(1), "weight must have shape [", dout.size(1),
               ", C, R, S], not ", weight.sizes());
-  const int64_t outer = dout.size(1), inner = weight.size(1), rows = weight.size(2), columns = weight.size(3);
-  const ConvWindow window{dout.size(0), dout.size(2), dout.size(3), height, width, rows, columns, 1, 1,
-                      dilation[0] * (rows - 1) - padding[0], dilation[1] * (columns - 1) - padding[1],
-                      dilation[0], dilation[1]};
-  TORCH_CHECK(window.padding_h >= 0 && window.padding_w >= 0, "padding must not exceed the window, not ", padding);
+  const int64_t outer = dout.size(1), inner = weight.size(1);
+  std::vector<Phase> rows, columns;
+  for (int64_t i = 0; i < stride[0]; ++i) {
+    rows.emplace_back(weight.size(2), stride[0], padding[0], dilation[0], height, i);
+  }
+  for (int64_t i = 0; i < stride[1]; ++i) {
+    columns.emplace_back(weight.size(3), stride[1], padding[1], dilation[1], width, i);
+  }
+  for (const auto* phases : {&rows, &columns}) {
+    for (const Phase& phase : *phases) {
+      TORCH_CHECK(phase.count > 0 && phase.padding >= 0, "every pixel must be reached, and none of the padding alone; "
+                  "stride is ", stride, ", padding ", padding, ", dilation ", dilation);
+    }
+  }
   const at::Tensor da = at::empty({dout.size(0), inner, height, width}, dout.options(), at::MemoryFormat::ChannelsLast);
   const GradientTensors beside{add ? *add : dout, add_mask, add_row_scale, add_factor, none, none, none, none, none,
                                none};
@@ -170,15 +226,25 @@ at::Tensor conv_window_dgrad(
   with_types(dout, [&](auto stored, auto element) {
     using T = decltype(stored);
     using E = decltype(element);
-    Panels<E> panels(outer, inner, window.taps());
-    for (int64_t t = 0; t < window.taps(); ++t) {
-      const int64_t turned = window.taps() - 1 - t;
-      const T* tap = data_of<T>(weight) + turned / columns * weight.stride(2) + turned % columns * weight.stride(3);
-      pack_tap(tap, panels, outer, weight.stride(0), weight.stride(1), t);
-    }
     const Gradient<T> added = beside.arguments<T>();
     const Source<T> source{Activation<T>{}, g.arguments<T>()};
-    run_window<T, E>(window, source, panels, add ? &added : nullptr, mutable_data_of<T>(da), nullptr);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      for (size_t j = 0; j < columns.size(); ++j) {
+        const Phase &down = rows[i], &across = columns[j];
+        if (down.size <= 0 || across.size <= 0) continue;
+        const ConvWindow window{dout.size(0), dout.size(2), dout.size(3), down.size, across.size, down.count,
+                                across.count, 1, 1, down.padding, across.padding, down.dilation, across.dilation};
+        Panels<E> panels(outer, inner, window.taps());
+        for (int64_t t = 0; t < window.taps(); ++t) {
+          const int64_t r = down.last_tap - t / across.count * down.step;
+          const int64_t s = across.last_tap - t % across.count * across.step;
+          const T* tap = data_of<T>(weight) + r * weight.stride(2) + s * weight.stride(3);
+          pack_tap(tap, panels, outer, weight.stride(0), weight.stride(1), t);
+        }
+        const Place place{height, width, static_cast<int64_t>(i), static_cast<int64_t>(j), stride[0], stride[1]};
+        run_window<T, E>(window, source, panels, add ? &added : nullptr, place, mutable_data_of<T>(da), nullptr);
+      }
+    }
   });
   return da;
 }

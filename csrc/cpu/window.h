@@ -22,7 +22,10 @@ struct ConvWindow {
   int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
 
   int64_t taps() const { return rows * columns; }
-  RESFUSE_HD int64_t line_pixels() const { return width + 2 * padding_w; }
+  // That a line of what is made reads, from its first tap's on.
+  RESFUSE_HD int64_t line_pixels() const {
+    return out_width > 0 ? (out_width - 1) * stride_w + (columns - 1) * dilation_w + 1 : 0;
+  }
 };
 
 struct Block {
@@ -75,7 +78,8 @@ struct Blocks {
 template <class E, class Fill>
 RESFUSE_HD void fill_block(const Blocks& blocks, const Block& b, E* out, int64_t stride, const Fill& fill) {
   const ConvWindow& w = blocks.w;
-  const int64_t line = w.line_pixels() * stride;
+  const int64_t line = w.line_pixels() * stride, left = std::min(w.padding_w, w.line_pixels());
+  const int64_t inside = std::min(w.width, w.line_pixels() - left);
   for (int64_t n = 0; n < b.images; ++n) {
     for (int64_t i = 0; i < blocks.source_lines; ++i, out += line) {
       const int64_t h = b.line * w.stride_h - w.padding_h + i;
@@ -83,11 +87,9 @@ RESFUSE_HD void fill_block(const Blocks& blocks, const Block& b, E* out, int64_t
         for (int64_t j = 0; j < line; ++j) out[j] = E{};
         continue;
       }
-      for (int64_t j = 0; j < w.padding_w * stride; ++j) {
-        out[j] = E{};
-        out[line - 1 - j] = E{};
-      }
-      fill(((b.image + n) * w.height + h) * w.width, w.width, out + w.padding_w * stride);
+      for (int64_t j = 0; j < left * stride; ++j) out[j] = E{};
+      fill(((b.image + n) * w.height + h) * w.width, inside, out + left * stride);
+      for (int64_t j = (left + inside) * stride; j < line; ++j) out[j] = E{};
     }
   }
 }

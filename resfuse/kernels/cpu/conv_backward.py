@@ -1,6 +1,6 @@
 """conv_backward: a convolution's gradients from recipes (`csrc/cpu/conv_backward.cpp`, `csrc/cpu/conv_window*.cpp`).
 
-Grouped convolutions and the input gradient of strided ones are the vendor's.
+Grouped convolutions are the vendor's.
 """
 
 from torch import Tensor
@@ -32,11 +32,8 @@ def conv_backward(
     else:
         height, width = activation[0].shape[2:]
         window = is_window(weight, geometry)
-        turned = window and stride == (1, 1) and all(
-            p <= d * (s - 1) for p, d, s in zip(padding, dilation, weight.shape[2:], strict=True)
-        )
-        if needs[0] and turned:
-            da = native.conv_window_dgrad(*gradient, weight, height, width, padding, dilation, *beside)
+        if needs[0] and window and is_turned(weight, geometry):
+            da = native.conv_window_dgrad(*gradient, weight, height, width, stride, padding, dilation, *beside)
             added = True
         if needs[1] and window:
             size = weight.shape[2:]
@@ -51,6 +48,18 @@ def conv_backward(
         rows, columns = add.stride
         da[:, :, ::rows, ::columns] += add.compact
     return da, dweight
+
+
+def is_turned(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether the input gradient is a convolution of dz for each place between strides (`csrc/cpu/conv_window.cpp`):
+    some tap reaches each, and the padding is less than what the last of them leaves out."""
+    sides = zip(weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True)
+    for taps, step, pad, spread in sides:
+        for first in range(step):
+            reach = [first + pad - r * spread for r in range(taps) if (first + pad - r * spread) % step == 0]
+            if not reach or min(reach) > 0:
+                return False
+    return True
 
 
 def tensor(grad: Grad) -> Tensor:
