@@ -13,7 +13,12 @@
 
 using namespace resfuse;
 
-Isa resfuse::isa() { return __builtin_cpu_supports("avx512dq") ? Isa::avx512 : Isa::baseline; }
+Isa resfuse::isa() {
+#if RESFUSE_X86
+  if (__builtin_cpu_supports("avx512dq")) return Isa::avx512;
+#endif
+  return Isa::baseline;
+}
 
 namespace {
 

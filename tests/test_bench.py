@@ -90,6 +90,13 @@ def test_a_slow_machine_times_a_smaller_batch():
     assert fast.batch == 8 and slow.batch == 1 and slow.gate_batch == 1
 
 
+def test_the_recorded_command_is_what_can_be_run_again(monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    recorded = command._recorded(["bench", "--json", "a.json", "--quick", "--png=b.png", "--budget", "9"])
+    assert recorded == "ATEN_CPU_CAPABILITY=avx2 python -m resfuse bench --quick --budget 9"
+
+
 def test_plans_grow_with_their_extent():
     quick, default, full = (plan("cpu", extent) for extent in ("quick", "default", "full"))
     assert len(quick.jobs) < len(default.jobs) < len(full.jobs)

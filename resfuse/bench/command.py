@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -55,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 140)
     if options.command == "bench":
         chosen = plan(options.device, options.extent, options.budget)
-        command = shlex.join(["python", "-m", "resfuse", *arguments])
-        return bench(chosen, command, options.json, options.png, options.device, console)
+        return bench(chosen, _recorded(arguments), options.json, options.png, options.device, console)
     if options.command == "verify":
         found = verify.verify(range(options.seeds), options.steps, options.device)
         verify.show(found, console)
@@ -92,6 +92,19 @@ def bench(
         written.append(png_path)
     console.print(f"{results.seconds:.0f} s; wrote {' and '.join(map(str, written))}", highlight=False)
     return 0 if results.gate_passed and not any(note.code == "failed" for note in results.notes) else 1
+
+
+CAPS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+
+
+def _recorded(arguments: Sequence[str]) -> str:
+    """The command as the results file has it: with the caps on instruction sets, without the places of the files."""
+    kept = []
+    for previous, argument in zip(("", *arguments), arguments, strict=False):
+        if not {previous, argument} & {"--json", "--png"} and not argument.startswith(("--json=", "--png=")):
+            kept.append(argument)
+    caps = [f"{name}={os.environ[name]}" for name in CAPS if name in os.environ]
+    return shlex.join([*caps, "python", "-m", "resfuse", *kept])
 
 
 def _positive(text: str) -> float:
