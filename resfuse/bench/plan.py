@@ -12,7 +12,7 @@ from .implementations import COMPILE, EAGER, EAGER_NCHW, RESFUSE
 from .workloads import NETWORKS, make
 
 BLOCK_STEP = 0.5  # seconds that an eager step may take; a smaller batch is timed where it would take more
-NETWORK_STEP = 3.0
+NETWORK_STEP = 5.0
 STEPS = 5  # that the fewest rounds of an implementation take, forwards and peak memory included
 TRIES = 3  # of a step; the quickest counts, since a busy machine is slow only at times
 PROBE_SIZE = 112  # pixels at which a network's step is tried
