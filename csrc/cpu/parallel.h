@@ -4,10 +4,9 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 
 #include "product.h"
+#include "scratch.h"
 
 namespace resfuse {
 
@@ -47,20 +46,5 @@ RESFUSE_HD int64_t chunk_size(int64_t rows, int64_t most) {
   const int64_t chunks = (rows + most - 1) / most;
   return chunks == 0 ? row_unit : round_up((rows + chunks - 1) / chunks, row_unit);
 }
-
-// Working memory of one share, aligned to cache lines, uninitialised.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * std::max<int64_t>(count, 1), std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator T*() const { return data_; }
-
- private:
-  T* data_;
-};
 
 }  // namespace resfuse
