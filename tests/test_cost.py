@@ -8,28 +8,28 @@ from resfuse.functions import cost
 
 
 def test_few_rows_do_not_tell_a_covariance():
-    assert cost.covariance_rows(64, 64, 10**9) == cost.few_rows(64) == 512
+    assert cost.covariance_rows(64, 64, 10**9) == 256
 
 
-@pytest.mark.parametrize("width, rows", [(64, 512), (512, 4096)])
-def test_identity_bottlenecks_take_it_from_eight_rows_a_channel(width, rows):
+@pytest.mark.parametrize("width, rows", [(64, 256), (512, 2048)])
+def test_identity_bottlenecks_take_it_from_four_rows_a_channel(width, rows):
     macs = 17 * width**2
     assert cost.covariance_rows(width, 4 * width, macs) == rows
 
 
 def test_wide_products_are_a_limited_share_of_the_block():
-    macs = 5 * 10**6
+    macs = 10**7
     rows = cost.covariance_rows(1024, 4096, macs)
-    assert rows > 8 * 1024 and 2 * 4096 * 1024**2 == pytest.approx(cost.PRODUCTS_SHARE * 3 * macs * rows, rel=1e-3)
+    assert rows > 4 * 1024 and 2 * 4096 * 1024**2 == pytest.approx(cost.PRODUCTS_SHARE * 3 * macs * rows, rel=1e-3)
 
 
 def test_a_strided_blocks_first_convolution_counts_for_every_pixel_it_makes():
-    """At stride 2 conv1 makes four rows for each of the output's."""
-    convs = [units.conv_bn(64, 64, 1), units.conv_bn(64, 64, 3), units.conv_bn(64, 2048, 1)]
+    """1024 -> 2048 at stride 2: conv1 makes four rows for each of the output's."""
+    convs = [units.conv_bn(64, 64, 1), units.conv_bn(64, 64, 3), units.conv_bn(64, 512, 1)]
     strided = [convs[0], convs[1]._replace(stride=(2, 2)), convs[2]]
-    macs = [64 * 64 * steps + 9 * 64 * 64 + 64 * 2048 for steps in (1, 4)]
+    macs = [64 * 64 * steps + 9 * 64 * 64 + 64 * 512 for steps in (1, 4)]
     found = [functional.forms(c, None)[2].rows for c in (convs, strided)]
-    assert found == [cost.covariance_rows(64, 2048, m) for m in macs] and found[0] > found[1] > 8 * 64
+    assert found == [cost.covariance_rows(64, 512, m) for m in macs] and found[0] > found[1] > 4 * 64
 
 
 def test_forms_of_the_family():
@@ -44,9 +44,9 @@ def test_forms_of_the_family():
     assert kinds([units.conv_bn(8, 32, groups=2)]) == ["recompute"]
     assert kinds([three, units.conv(8, 8)]) == ["keep", "covariance"], "no BatchNorm: no statistics, no product stored"
     assert kinds([three, units.conv(8, 8, 3)]) == ["keep", "linear"]
-    form = functional.forms([three, units.conv_bn(8, 128)], None)[1]
+    form = functional.forms([three, wide], None)[1]
     assert form.at(form.rows, True) == "covariance" == form.at(1, False) and form.at(form.rows - 1, True) == "recompute"
-    assert form.few == 64 and form.at(64, True) == "recompute" and form.at(63, True) == "keep"
+    assert form.few == 32 and form.at(32, True) == "recompute" and form.at(31, True) == "keep"
 
 
 def test_only_widening_pointwise_convolutions_have_the_form():

@@ -58,7 +58,7 @@ def test_eager_keeps_twelve():
 
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-NETWORKS = [("resnet50", FLOAT32, 0.56), ("resnet50", BFLOAT16, 0.50), ("densenet121", FLOAT32, 0.45),
+NETWORKS = [("resnet50", FLOAT32, 0.50), ("resnet50", BFLOAT16, 0.45), ("densenet121", FLOAT32, 0.45),
             ("densenet121", BFLOAT16, 0.45), ("resnet18", FLOAT32, 0.64)]
 
 
@@ -134,13 +134,12 @@ def test_a_given_residual_is_not_kept():
     assert kept == pytest.approx((2 + 1 / 32) * x.nbytes, rel=0.01)
 
 
-def test_a_wide_product_of_few_rows_is_kept():
-    """Its weight takes as much, and a covariance of so few rows costs more than it saves."""
-    for batch, least, most in ((24, 18, 19), (6, 34, 35)):  # vectors of few rows
+def test_a_block_whose_products_would_cost_too_much_keeps_no_more():
+    """Few rows: the wide product is recomputed, not stored; so few that its weight takes more, it is kept."""
+    for batch, least, most in ((12, 18, 19), (6, 34, 35)):  # vectors of few rows
         case = BottleneckCase("few rows", 1024, 64, 1024, 5, batch=batch)
         block = resfuse.fuse(make_block(case))
-        form = resfuse.functional.forms(resfuse.blocks.resnet.convs(block), None)[2]
-        assert (form.at(case.rows, True) == "keep") == (batch == 6)
+        assert resfuse.functional.forms(resfuse.blocks.resnet.convs(block), None)[2].rows > case.rows
         assert least < units(case, block, torch.float32) < most
 
 

@@ -21,13 +21,14 @@ def covariance_rows(in_channels: int, out_channels: int, block_macs: int) -> int
     """
     per_row = PRODUCTS_SHARE * 3 * block_macs
     products = 2 * out_channels * in_channels**2
-    return max(few_rows(in_channels), math.ceil(products / per_row))
+    # A covariance of C channels from fewer than a few C rows costs more than it tells.
+    return max(4 * in_channels, math.ceil(products / per_row))
 
 
 def few_rows(in_channels: int) -> int:
-    """Rows below which the output [M, K] is kept: it then takes less than twice the memory of its weight [K, C], that
-    one's gradient and an optimizer's two moments, and a covariance takes longer than writing and reading it."""
-    return 8 * in_channels
+    """Rows below which the output [M, K] is kept: it then has fewer values than its weight [K, C], that one's gradient
+    and an optimizer's two moments."""
+    return 4 * in_channels
 
 
 def has_covariance_form(kernel: tuple[int, int], padding: tuple[int, int], groups: int, in_: int, out: int) -> bool:
