@@ -14,11 +14,13 @@ def plot(results: dict, path: str | Path) -> None:
     """Write a PNG: saved bytes relative to eager above, forward+backward speed-ups with their intervals below."""
     from matplotlib.figure import Figure  # no global state, no display
 
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    shares, speeds = _memory(results["memory"]), _speed(results["times"])
+    width = max(11.0, 0.45 * max(len(shares), len(speeds)))
+    figure = Figure(figsize=(width, 8), layout="constrained")
     memory, speed = figure.subplots(2, 1)
-    _bars(memory, _memory(results["memory"]), "kept for backward\n(eager = 1)", 0.0)
-    _bars(speed, _speed(results["times"]), "forward + backward\n(times faster than eager)", 1.0)
-    if _spans_decades(results["times"]):
+    _bars(memory, shares, "kept for backward\n(eager = 1)", 0.0)
+    _bars(speed, speeds, "forward + backward, or evaluation\n(times faster than eager)", 1.0)
+    if _spans_decades(speeds):
         speed.set_yscale("log")
         speed.yaxis.set_major_formatter("{x:g}")
     memory.set_ylim(top=1.25)
@@ -40,7 +42,7 @@ def _memory(rows: list[dict]) -> dict[str, dict[str, tuple]]:
         own = [row for row in rows if (row["mode"], row["subject"]) == (mode, subject)]
         batch = max(row["batch"] for row in own)
         own = {row["implementation"]: row["saved_bytes"] for row in own if row["batch"] == batch}
-        found[f"{subject}\n{_short(mode)}, b{batch}"] = {
+        found[f"{subject}, {_short(mode)}, b{batch}"] = {
             name: (size / own["eager"], None) for name, size in own.items() if name != "eager NCHW"
         }
     return found
@@ -53,13 +55,13 @@ def _speed(rows: list[dict]) -> dict[str, dict[str, tuple]]:
         ours_or_peer = row["implementation"] not in BASELINES
         if row["passes"] in SHOWN and row["speedup"] and ours_or_peer:
             ratio = row["speedup"]
-            group = found.setdefault(f"{row['subject']}\n{_short(row['mode'])}, b{row['batch']}", {})
+            group = found.setdefault(f"{row['subject']}, {_short(row['mode'])}, b{row['batch']}", {})
             group[row["implementation"]] = (ratio["median"], (ratio["low"], ratio["high"]))
     return found
 
 
-def _spans_decades(rows: list[dict]) -> bool:
-    medians = [row["speedup"]["median"] for row in rows if row["speedup"]]
+def _spans_decades(speeds: dict[str, dict[str, tuple]]) -> bool:
+    medians = [median for group in speeds.values() for median, _ in group.values()]
     return bool(medians) and max(medians) > 5 * min(medians)
 
 
@@ -84,7 +86,7 @@ def _bars(axes, groups: dict[str, dict[str, tuple]], label: str, base: float) ->
         )
         axes.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=7, padding=1)
     axes.axhline(1.0, color="black", linewidth=0.6)
-    axes.set_xticks(range(len(groups)), list(groups), fontsize=7)
+    axes.set_xticks(range(len(groups)), list(groups), fontsize=7, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_ylabel(label, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
