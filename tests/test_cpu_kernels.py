@@ -153,20 +153,36 @@ def test_capped_instruction_sets(cap, allowed):
     assert done.stdout.strip() in allowed
 
 
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump_missing: disassembles the library")
-def test_wide_registers_are_used_in_chosen_versions_alone():
-    """512-bit registers stand in the versions for AVX-512, so that the library loads and runs on older processors."""
+@pytest.fixture(scope="module")
+def wide_instructions() -> dict[str, list[str]]:
+    """The instructions of each function on 512-bit registers."""
+    if shutil.which("objdump") is None:
+        pytest.skip("objdump_missing: disassembles the library")
     listing = subprocess.run(
         ["objdump", "-d", "-C", "--no-show-raw-insn", str(_native.LIBRARY)], capture_output=True, text=True, check=True
     ).stdout
     if "x86-64" not in listing:
         pytest.skip("architecture: not x86-64")
-    users, name = set(), ""
+    users, name = {}, ""
     for line in listing.splitlines():
         if line.endswith(">:"):
             name = line
         elif "%zmm" in line:
-            users.add(name)
+            users.setdefault(name, []).append(line)
+    return users
+
+
+def test_tiles_keep_their_sums_in_registers(wide_instructions):
+    """Of 24 sums and what they are made of few may pass through the stack, and none more than once."""
+    tiles = {name: lines for name, lines in wide_instructions.items() if "tile_avx512" in name and "<6>" in name}
+    assert len(tiles) == 2
+    for name, lines in tiles.items():
+        assert sum("%rsp" in line or "%rbp" in line for line in lines) < 48, name
+
+
+def test_wide_registers_are_used_in_chosen_versions_alone(wide_instructions):
+    """512-bit registers stand in the versions for AVX-512, so that the library loads and runs on older processors."""
+    users = wide_instructions
     assert any("tile_avx512_bf16" in user for user in users) and any("run_avx512" in user for user in users)
     versions = "run_avx512", "tile_avx512", "transpose_avx512"
     assert not [user for user in users if not any(version in user for version in versions)]
