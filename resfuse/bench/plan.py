@@ -75,7 +75,7 @@ def plan(device: torch.device | str, extent: str = "default", budget: float | No
             jobs.append(Job("resnet50-eval", mode, images, images, _names(False), 0.8 * images, gate_batch=1))
     for name in ("resnet18", "densenet121") if full else ():
         jobs += [network_job(name, mode, batch, True) for mode in ("float32", "autocast-bfloat16")]
-    return Plan(budget or {"quick": 90.0, "default": 330.0, "full": 4800.0}[extent], tuple(jobs))
+    return Plan(budget or {"quick": 90.0, "default": 310.0, "full": 4800.0}[extent], tuple(jobs))
 
 
 def block_job(subject: str, mode: str, batch: int, compiled: bool) -> Job:
