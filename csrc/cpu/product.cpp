@@ -132,9 +132,31 @@ RESFUSE_HD RESFUSE_AVX512 void write(const __m512 (&sum)[rows][4], const Tile& t
   }
 }
 
-// 6 rows x 64 columns: 24 accumulators of the 32 registers.
-template <int rows>
-RESFUSE_AVX512 void tile_avx512(const Tile& t) {
+// Arithmetic on 16 words.
+struct Floats {
+  using Vector = __m512;
+  RESFUSE_HD RESFUSE_AVX512_BF16 static Vector load(const Word* from) { return _mm512_loadu_ps(from); }
+  RESFUSE_HD RESFUSE_AVX512_BF16 static Vector all(Word word) { return _mm512_set1_ps(as_float(word)); }
+  RESFUSE_HD RESFUSE_AVX512_BF16 static __m512 add(__m512 sum, Vector x, Vector y) {
+    return _mm512_fmadd_ps(x, y, sum);
+  }
+};
+
+struct Pairs {
+  using Vector = __m512bh;
+  RESFUSE_HD RESFUSE_AVX512_BF16 static Vector load(const Word* from) { return (Vector)_mm512_loadu_si512(from); }
+  RESFUSE_HD RESFUSE_AVX512_BF16 static Vector all(Word word) {
+    return (Vector)_mm512_set1_epi32(static_cast<int>(word));
+  }
+  RESFUSE_HD RESFUSE_AVX512_BF16 static __m512 add(__m512 sum, Vector x, Vector y) {
+    return _mm512_dpbf16_ps(sum, x, y);
+  }
+};
+
+// 6 rows x 64 columns: 24 accumulators of the 32 registers. That of floats runs without AVX-512-bf16 too, of which it
+// has no instruction.
+template <class Arithmetic, int rows>
+RESFUSE_AVX512_BF16 void tile_avx512(const Tile& t) {
   __m512 sum[rows][4];
   fetch_sums<rows>(t);
   clear(sum);
@@ -145,11 +167,11 @@ RESFUSE_AVX512 void tile_avx512(const Tile& t) {
     const Word* b = t.b + t.b_taps[tap];
     int64_t k = 0;
     do {
-      __m512 v[4];
-      for (int j = 0; j < 4; ++j) v[j] = _mm512_loadu_ps(b + 16 * j);
+      typename Arithmetic::Vector v[4];
+      for (int j = 0; j < 4; ++j) v[j] = Arithmetic::load(b + 16 * j);
       for (int i = 0; i < rows; ++i) {
-        const __m512 x = _mm512_set1_ps(as_float(a[i][k * t.a_depth]));
-        for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_fmadd_ps(x, v[j], sum[i][j]);
+        const auto x = Arithmetic::all(a[i][k * t.a_depth]);
+        for (int j = 0; j < 4; ++j) sum[i][j] = Arithmetic::add(sum[i][j], x, v[j]);
       }
       b += t.b_depth;
     } while (++k < t.depth);
@@ -157,30 +179,10 @@ RESFUSE_AVX512 void tile_avx512(const Tile& t) {
   write(sum, t);
 }
 
-// The same for words of two bfloat16.
 template <int rows>
-RESFUSE_AVX512_BF16 void tile_avx512_bf16(const Tile& t) {
-  __m512 sum[rows][4];
-  fetch_sums<rows>(t);
-  clear(sum);
-  int64_t tap = 0;
-  do {
-    const Word* a[rows];
-    for (int i = 0; i < rows; ++i) a[i] = t.a[i] + t.a_taps[tap];
-    const Word* b = t.b + t.b_taps[tap];
-    int64_t k = 0;
-    do {
-      __m512bh v[4];
-      for (int j = 0; j < 4; ++j) v[j] = (__m512bh)_mm512_loadu_si512(b + 16 * j);
-      for (int i = 0; i < rows; ++i) {
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(static_cast<int>(a[i][k * t.a_depth]));
-        for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], x, v[j]);
-      }
-      b += t.b_depth;
-    } while (++k < t.depth);
-  } while (++tap < t.taps);
-  write(sum, t);
-}
+constexpr TileFunction tile_avx512_float = tile_avx512<Floats, rows>;
+template <int rows>
+constexpr TileFunction tile_avx512_bf16 = tile_avx512<Pairs, rows>;
 
 // Pairs, fours, and 128-bit lanes change places.
 RESFUSE_AVX512 void transpose_avx512(const Word* from, int64_t from_stride, Word* to, int64_t to_stride) {
@@ -219,7 +221,7 @@ const TileFunction* float_tiles() {
   static constexpr TileFunction baseline[] = RESFUSE_TILES(tile_baseline);
 #if RESFUSE_X86
   static constexpr TileFunction avx2[] = RESFUSE_TILES(tile_avx2);
-  static constexpr TileFunction avx512[] = RESFUSE_TILES(tile_avx512);
+  static constexpr TileFunction avx512[] = RESFUSE_TILES(tile_avx512_float);
   if (isa() >= Isa::avx512) return avx512;
   if (isa() >= Isa::avx2) return avx2;
 #endif

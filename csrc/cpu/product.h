@@ -45,7 +45,9 @@ class Ahead {
  public:
   // rows: of so many bytes, `stride` bytes apart.
   void add(const void* begin, int64_t bytes, int64_t rows = 1, int64_t stride = 0) {
-    if (bytes > 0 && rows > 0) ranges_[count_++] = {static_cast<const char*>(begin), bytes, rows, stride};
+    if (bytes > 0 && rows > 0 && count_ < most) {
+      ranges_[count_++] = {static_cast<const char*>(begin), bytes, rows, stride};
+    }
   }
 
   // work: tile_words of all products to come.
@@ -80,7 +82,8 @@ class Ahead {
     const char* begin;
     int64_t bytes, rows, stride;
   };
-  Range ranges_[8];
+  static constexpr int most = 8;
+  Range ranges_[most];
   int count_ = 0;
   int current_ = 0;
   int64_t row_ = 0, offset_ = 0;  // in the current range

@@ -111,12 +111,13 @@ template <class E, class T>
 RESFUSE_HD void fill_piece(
     const Activation<T>& a, const T* __restrict__ z, int64_t column, int64_t n, const float* __restrict__ mean,
     E* __restrict__ out) {
-  const float* __restrict__ scale = a.scale + column;
-  const float* __restrict__ shift = a.shift + column;
+  const T* __restrict__ from = z + column;
   if (a.scale == nullptr) {
-    for (int64_t c = 0; c < n; ++c) out[c] = element<E>(z[column + c]);
+    for (int64_t c = 0; c < n; ++c) out[c] = element<E>(from[c]);
   } else {
-    for (int64_t c = 0; c < n; ++c) out[c] = element<E>(normalised(z[column + c], scale[c], shift[c], a.bound));
+    const float* __restrict__ scale = a.scale + column;
+    const float* __restrict__ shift = a.shift + column;
+    for (int64_t c = 0; c < n; ++c) out[c] = element<E>(normalised(from[c], scale[c], shift[c], a.bound));
   }
   if constexpr (word_elements<E> == 1) {
     for (int64_t c = 0; c < n && mean; ++c) out[c] -= mean[column + c];

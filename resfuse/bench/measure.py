@@ -64,7 +64,7 @@ def memory_row(workload: Workload, name: str, layout: str, runner: Runner, peak:
 def saved_only(
     job: Job, implementations: Mapping[str, Implementation], device: torch.device | str
 ) -> list[MemoryRow]:
-    """Rows at the job's memory batch, for what needs no compilation; none of one in evaluation, which keeps none."""
+    """Rows at the job's memory batch, for what needs no compilation. A model in evaluation keeps nothing: no rows."""
     workload = make(job.subject, job.mode, job.memory_batch, device)
     rows = []
     if not workload.model.training:
