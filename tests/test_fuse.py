@@ -134,7 +134,7 @@ def test_not_a_module(function):
         function(3)
 
 
-LATER = [dict(backend="triton"), dict(memory="lean"), dict(memory=0.3), dict(deterministic=True)]
+LATER = [dict(backend="cuda"), dict(memory="lean"), dict(memory=0.3), dict(deterministic=True)]
 
 
 @pytest.mark.parametrize("setting", LATER, ids=str)

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from units import NATIVE, activation
+from units import NATIVE, activation, interpreted_triton
 
 from resfuse.kernels.eager import _rows
 from resfuse.kernels.interface import (
@@ -30,21 +30,28 @@ SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 16, 4, 4), (1, 65, 9, 7)]  # N, C, H, 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-STORED = {"eager": tuple(DTYPES), "cpu": (torch.float32, torch.bfloat16)}
+STORED = {
+    "eager": tuple(DTYPES), "cpu": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}  # fmt: skip
 # What the CPU set leaves to the eager one; "vector": buffers that are not float32.
 REFUSALS = {"weighed_second", "dtype", "device", "vector"}
 
 
 @pytest.fixture(
     autouse=True,
-    params=[("eager", 1 << 19), ("eager", 40), pytest.param(("cpu", 1 << 19), marks=NATIVE)],
-    ids=["eager", "eager, many parts", "cpu"],
+    params=[("eager", 1 << 19), ("eager", 40), pytest.param(("cpu", 1 << 19), marks=NATIVE), ("triton", 1 << 19)],
+    ids=["eager", "eager, many parts", "cpu", "triton"],
 )
 def kernel_set(request, monkeypatch):
     name, part_elements = request.param
     monkeypatch.setitem(_rows._PART_ELEMENTS, "cpu", part_elements)
     monkeypatch.setattr(primitive, "kernel_set", name)
-    return name
+    if name == "triton":
+        with interpreted_triton(monkeypatch):
+            yield name
+    else:
+        yield name
 
 
 @pytest.fixture(params=DTYPES, ids=str)
@@ -263,6 +270,8 @@ def test_float32_variances_stay_within_their_condition(channels, count):
     """4 eps32 kappa channel by channel, for rectified inputs with means of their own."""
     from resfuse.testing.tolerances import check_variance, kappa
 
+    if primitive.kernel_set == "triton" and count > 10_000:
+        pytest.skip("interpreted: a minute of it tells no more than the smaller sizes")
     for seed in range(5):
         offsets = 3 * torch.randn(1, channels, 1, 1, generator=torch.Generator().manual_seed(seed))
         y = (activation(1, channels, count, 1, dtype=torch.float32, seed=seed) + offsets).relu()
@@ -435,7 +444,8 @@ def test_backward_of_the_expansion(centred, shape, dtype):
     assert products.dtype == total.dtype == exact
     close(products, expected, exact)
     close(total, g.sum(0), exact)
-    close(matrix(u), g @ wg.double(), u.dtype)
+    if u is not None:
+        close(matrix(u), g @ wg.double(), u.dtype)
     assert primitive("expand_products")(g_recipe, recipe, mean, None)[2] is None
 
     q = q_scale = c = None

@@ -1,7 +1,9 @@
 """Random bottlenecks as `functional.ConvBN`s, twins of them, and their gradients."""
 
+import importlib.util
 import os
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from resfuse.functional import BN, Conv, ConvBN
 
 BUILT = os.environ.get("RESFUSE_NATIVE", "1" if sys.platform == "linux" else "0") == "1"
 NATIVE = pytest.mark.skipif(not BUILT, reason="native_missing: RESFUSE_NATIVE=0")
+TRITON = importlib.util.find_spec("triton") is not None
 PARAMETERS = ("weight", "bias", "gamma", "beta")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -92,3 +95,15 @@ def activation(n, c, h, w, *, dtype=torch.float64, channels_last=True, seed=0) -
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, c, h, w, generator=generator, dtype=torch.float64).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+@contextmanager
+def interpreted_triton(monkeypatch, tf32: bool = False):
+    """The Triton kernels on the CPU; float32 products exact, or as torch's convolutions take them on a GPU."""
+    if not TRITON:
+        pytest.skip("triton_missing: Triton is not installed")
+    from resfuse.testing.triton.interpreter import interpreted
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    with interpreted() as runner:
+        yield runner

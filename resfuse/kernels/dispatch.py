@@ -18,7 +18,8 @@ from .interface import PRIMITIVES, Reason, Unsupported
 
 log = logging.getLogger("resfuse")
 
-ORDER = ("cpu", "eager")  # preferred first
+ORDER = ("triton", "cpu", "eager")  # preferred first
+UNPROVEN = ("triton",)  # not yet tested on the device they are for: by name only, never by `auto`
 _fallbacks: dict[tuple[str, str, str], Reason] = {}
 
 
@@ -44,7 +45,7 @@ def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
         reasons = missing(backend, device, dtype)
         if reasons:
             raise Unsupported(reasons)
-    order = ORDER if backend == "auto" else (backend,)
+    order = [name for name in ORDER if name not in UNPROVEN] if backend == "auto" else [backend]
     usable = []
     for name in order:
         reasons = kernel_set(name).unsupported(device, dtype)

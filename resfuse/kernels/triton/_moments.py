@@ -1,0 +1,76 @@
+"""Means and squared deviations of rows, share by share, and sums of shares: all merged in a fixed order.
+
+    n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  M2 = M2_a + M2_b + d^2 n_a n_b / n   (Chan)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..interface import Stats
+from ._launch import launch
+
+
+@triton.jit
+def add_moments(count, mean, squares, t, inside, more):
+    """Moments (count, mean [cols], squares [cols]) with those of `more` rows of a float32 tile merged in."""
+    own = tl.sum(tl.where(inside[:, None], t, 0.0), 0) / more
+    centred = tl.where(inside[:, None], t - own[None, :], 0.0)
+    both, apart = count + more, own - mean
+    mean += apart * (more / both)
+    squares += tl.sum(centred * centred, 0) + apart * apart * (count * more / both)
+    return both, mean, squares
+
+
+@triton.jit(do_not_specialize=["shares", "rows_each", "M"])
+def _merge_moments(partial, mean, var, shares, rows_each, M, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    # partial [shares, 2, C] float32: the mean and M2 of each share's rows; mean, var [C] float32
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (cols < C)[None, :]
+    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    for first in range(0, shares, BLOCK_S):
+        share = first + tl.arange(0, BLOCK_S)
+        count = tl.minimum(M - share * rows_each, rows_each).to(tl.float32)
+        held = (share < shares)[:, None] & inside
+        at = partial + share[:, None] * (2 * C) + cols[None, :]
+        total += tl.load(at, mask=held, other=0.0) * count[:, None]
+    centre = tl.sum(total, 0) / M
+    squares = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    for first in range(0, shares, BLOCK_S):
+        share = first + tl.arange(0, BLOCK_S)
+        count = tl.minimum(M - share * rows_each, rows_each).to(tl.float32)
+        held = (share < shares)[:, None] & inside
+        at = partial + share[:, None] * (2 * C) + cols[None, :]
+        apart = tl.load(at, mask=held, other=0.0) - centre[None, :]
+        squares += tl.where(held, tl.load(at + C, mask=held, other=0.0) + apart * apart * count[:, None], 0.0)
+    tl.store(mean + cols, centre, mask=cols < C)
+    tl.store(var + cols, tl.sum(squares, 0) / M, mask=cols < C)
+
+
+def merge_moments(partial: Tensor, rows_each: int, rows: int) -> Stats:
+    """The moments of all rows. partial [shares, 2, C] of `rows_each` rows each, the last of the rest."""
+    shares, _, channels = partial.shape
+    stats = Stats(*torch.empty((2, channels), dtype=torch.float32, device=partial.device))
+    block = 16
+    launch(
+        _merge_moments, -(-channels // block), partial, partial, *stats, shares, rows_each, rows, channels,
+        BLOCK_S=block_of_shares(shares), BLOCK_C=block, num_warps=4,
+    )
+    return stats
+
+
+@triton.jit
+def sum_shares(at, shares, stride, elements, E, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Sums [BLOCK_E] over shares of values that lie `stride` apart from one share to the next."""
+    total = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    for first in range(0, shares, BLOCK_S):
+        share = first + tl.arange(0, BLOCK_S)
+        held = (share < shares)[:, None] & (elements < E)[None, :]
+        total += tl.load(at + share.to(tl.int64)[:, None] * stride + elements[None, :], mask=held, other=0.0)
+    return tl.sum(total, 0)
+
+
+def block_of_shares(shares: int) -> int:
+    """Shares that a merging program reads at once: many loads in flight, since there is little else to hide behind."""
+    return min(128, max(4, triton.next_power_of_2(shares)))

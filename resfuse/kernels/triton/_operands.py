@@ -1,0 +1,177 @@
+"""Recipes as the kernels take them, and the refusals of what they cannot read. A field that is None costs nothing."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..interface import Act, BNGrad, Grad, Masked, Norm, Padded, Reason, Second, Sum, Unsupported
+from . import _launch
+
+STORED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class View(NamedTuple):
+    """Where the rows of a strided view lie: pixels of a sample and of a line, and the strides in values."""
+
+    pixels: int
+    width: int
+    sample: int
+    line: int
+    pixel: int
+
+
+class ActArgs(NamedTuple):
+    """x [M, C] storage; scale, shift [C] float32 or None; view None where rows follow one another."""
+
+    x: Tensor
+    scale: Tensor | None
+    shift: Tensor | None
+    view: View | None
+
+
+class GradArgs(NamedTuple):
+    """dout [M, K] storage, mask [M, ceil(K / its bits)], row_scale [N] float32 of `pixels` rows each, factor; z [M, K]
+    storage with the scale and shift [K] float32 of the ReLU below; mean, mean_dy, slope and the scale `times` [K] of
+    the BatchNorm below that."""
+
+    dout: Tensor
+    mask: Tensor | None
+    row_scale: Tensor | None
+    factor: float | None
+    pixels: int
+    z: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    mean: Tensor | None
+    mean_dy: Tensor | None
+    slope: Tensor | None
+    times: Tensor | None
+
+
+class SumArgs(NamedTuple):
+    """What a `Sum` has beside its main branch. residual [M, K] storage, or [M, channels] from column `before` on."""
+
+    residual: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    view: View | None
+    before: int | None
+    channels: int
+    row_scale: Tensor | None
+    gate: Tensor | None
+    factor: float | None
+    pixels: int
+
+
+# Where a kernel may have an operand or not, none is a tuple of nothing: a tuple itself cannot be compared with None there.
+NO_ACT = ActArgs(*4 * (None,))
+NO_GRAD = GradArgs(*12 * (None,))
+
+
+def act(a: Act) -> ActArgs:
+    x, scale, shift, _ = a if isinstance(a, Norm) else (a, None, None, False)
+    _check_stored(a=x)
+    return ActArgs(x, scale, shift, _view(x, "a"))
+
+
+def relu(a: Act) -> bool:
+    """Whether the recipe rectifies."""
+    return isinstance(a, Norm) and a.relu
+
+
+def grad(g: Grad) -> GradArgs:
+    recipe = g if isinstance(g, BNGrad) else None
+    dy = g.dy if recipe else g
+    dout, mask, row_scale, factor = dy if isinstance(dy, Masked) else (dy, None, None, 1.0)
+    check_rows(g=dout)
+    channels, pixels = dout.shape[1], dout.shape[2] * dout.shape[3]
+    weighed = (row_scale, factor) if row_scale is not None or factor != 1 else (None, None)
+    if recipe is None:
+        return GradArgs(dout, words(mask, channels), *weighed, pixels, *7 * (None,))
+    z = recipe.z if recipe.shift is not None or recipe.slope is not None else None
+    check_rows(z=z)
+    vectors = recipe.scale, recipe.shift, recipe.mean, recipe.mean_dy, recipe.slope, recipe.scale
+    return GradArgs(dout, words(mask, channels), *weighed, pixels, z, *vectors)
+
+
+def total(s: Sum, like: Tensor, channels: int) -> SumArgs:
+    """The operands of a sum [M, channels]; of a `Second` nothing, which is a product of its own."""
+    residual, scale, shift, before, held = s.residual, None, None, None, channels
+    if isinstance(residual, Second):
+        residual = None
+    if isinstance(residual, Norm):
+        residual, scale, shift, _ = residual
+    elif isinstance(residual, Padded):
+        residual, before = residual.x, residual.before
+        held = residual.shape[1]
+    view = None
+    if residual is not None:
+        _check_stored(residual=residual)
+        view = _view(residual, "residual")
+    check_rows(gate=s.gate)
+    factor = None if s.scale == 1 else s.scale
+    pixels = like.shape[2] * like.shape[3]
+    return SumArgs(residual, scale, shift, view, before, held, s.row_scale, s.gate, factor, pixels)
+
+
+def words(mask: Tensor | None, channels: int) -> Tensor | None:
+    """The bytes of a mask as words of 32 bits, where its rows are whole words."""
+    return mask if mask is None or channels % 32 else mask.view(torch.int32)
+
+
+def rows(t: Tensor) -> int:
+    """M of a tensor [N, C, H, W]."""
+    return t.shape[0] * t.shape[2] * t.shape[3]
+
+
+def empty_rows(like: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised [N, channels, H, W] in channels_last."""
+    n, _, h, w = like.shape
+    return torch.empty(
+        (n, channels, h, w), dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def check_rows(**tensors: Tensor | None) -> None:
+    """Raise Unsupported unless each tensor is stored as the kernels read it and dense in channels_last."""
+    _check_stored(**tensors)
+    for name, t in tensors.items():
+        if t is not None and not t.is_contiguous(memory_format=torch.channels_last):
+            raise Unsupported([Reason("layout", f"{name} is not dense in channels_last")])
+
+
+def vector(t: Tensor | None) -> Tensor | None:
+    """A vector as the kernels read it."""
+    return t if t is None or t.dtype == torch.float32 else t.float()
+
+
+def precision(t: Tensor) -> str:
+    """How products of t are taken: float32 as torch's convolutions take it, 16 bits exactly."""
+    if t.dtype != torch.float32:
+        return "ieee"
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if conv is None or not hasattr(conv, "fp32_precision"):  # torch before 2.9
+        return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
+
+
+def _check_stored(**tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype not in STORED:
+            raise Unsupported([Reason("dtype", f"{name} is {t.dtype}")])
+        if not t.is_cuda and _launch.instead is None:
+            raise Unsupported([Reason("device", f"{name} is on {t.device}")])
+
+
+def _view(t: Tensor, name: str) -> View | None:
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if t.stride(1) != 1:
+        raise Unsupported([Reason("layout", f"{name} is not channels_last, nor a strided view of it")])
+    sample, _, line, pixel = t.stride()
+    return View(t.shape[2] * t.shape[3], t.shape[3], sample, line, pixel)

@@ -1,0 +1,105 @@
+"""Sums over rows of products, g.T @ a: weight gradients of 1x1 convolutions, and P of the covariance form.
+
+    products = g.T @ (a - mean),  sums = sum(g)
+
+Each share of the rows gives its own, added in order afterwards. Reads g once for each column of tiles and a once for
+each row of them. float32 subtracts the mean before the product; 16 bits after it, sum(g) mean.T from the exact sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..interface import Act, Grad
+from . import _operands, _table
+from ._launch import arch, launch
+from ._moments import block_of_shares, sum_shares
+from ._tiles import as_read, load_act, load_grad, load_vector, row_starts
+
+
+@triton.jit(do_not_specialize=["M", "blocks", "each"])
+def _outer_product(
+    g,  # GradArgs [M, K]
+    a,  # ActArgs [M, C]
+    mean,  # [C] float32, or None
+    products,  # [shares, K, C] float32
+    sums,  # [shares, K] float32, or None
+    M, K, C, blocks, each,
+    RELU: tl.constexpr, EVEN_K: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(C, BLOCK_C)
+    tiles = tl.cdiv(K, BLOCK_K) * columns
+    share, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    first = tile // columns * BLOCK_K
+    outer, inner = first + tl.arange(0, BLOCK_K), tile % columns * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for block in range(share * each, tl.minimum(share * each + each, blocks)):
+        index = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = index < M
+        t = load_grad(g, index, first, inside, K, EVEN_K, BLOCK_M, BLOCK_K)
+        t = as_read(tl.where(inside[:, None], t, 0.0).to(t.dtype), PRECISION)
+        x = load_act(a, row_starts(a.view, index, C), inner, inside, C, RELU, EVEN_C)
+        if mean is not None:
+            x -= load_vector(mean, inner, C, EVEN_C)
+        x = as_read(tl.where(inside[:, None], x, 0.0).to(x.dtype), PRECISION)
+        acc = tl.dot(t.T, x, acc, input_precision=PRECISION)
+        if sums is not None:
+            total += t.to(tl.float32)
+    held = (outer < K)[:, None] & (inner < C)[None, :]
+    tl.store(products + share.to(tl.int64) * K * C + outer[:, None] * C + inner[None, :], acc, mask=held)
+    if sums is not None:
+        if tile % columns == 0:
+            tl.store(sums + share * K + outer, tl.sum(total, 0), mask=outer < K)
+
+
+@triton.jit(do_not_specialize=["shares"])
+def _merge(
+    products, sums,  # of shares
+    mean,  # [C] float32, or None: still to be subtracted
+    result,  # [K, C] float32, or in storage dtype
+    total,  # [K] float32, or None
+    shares, K, C,
+    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    element = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    inside = element < K * C
+    value = sum_shares(products, shares, K * C, element, K * C, BLOCK_S, BLOCK_E)
+    if total is not None:
+        row, col = element // C, element % C
+        along = sum_shares(sums, shares, K, row, K, BLOCK_S, BLOCK_E)
+        if mean is not None:
+            value -= along * tl.load(mean + col, mask=inside)
+        tl.store(total + row, along, mask=inside & (col == 0))
+    tl.store(result + element, value.to(result.dtype.element_ty), mask=inside)
+
+
+def outer_product(
+    g: Grad, a: Act, mean: Tensor | None, dtype: torch.dtype, sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(g.T @ (a - mean) [K, C] in dtype, sum(g) [K] float32 if asked)."""
+    left, right = _operands.grad(g), _operands.act(a)
+    x, count, outer, inner = right.x, _operands.rows(right.x), left.dout.shape[1], right.x.shape[1]
+    centred = mean is not None and x.dtype == torch.float32
+    tile = _table.tile("outer_product", x.dtype, inner, arch(x))
+    tiles = -(-outer // tile.rows) * -(-inner // tile.channels)
+    shares, each = _table.shares(count, tile.depth, tiles)
+    device = {"dtype": torch.float32, "device": x.device}
+    products, partial = torch.empty((shares, outer, inner), **device), None
+    total = None
+    if sums:
+        partial, total = torch.empty((shares, outer), **device), torch.empty(outer, **device)
+    launch(
+        _outer_product, shares * tiles, x, left, right, mean if centred else None, products, partial, count, outer,
+        inner, -(-count // tile.depth), each, RELU=_operands.relu(a), EVEN_K=outer % tile.rows == 0,
+        EVEN_C=inner % tile.channels == 0, PRECISION=_operands.precision(x), BLOCK_M=tile.depth, BLOCK_K=tile.rows,
+        BLOCK_C=tile.channels, **tile.options,
+    )
+    result = torch.empty((outer, inner), dtype=dtype, device=x.device)
+    launch(
+        _merge, -(-result.numel() // 64), x, products, partial, None if centred else mean, result, total, shares,
+        outer, inner, BLOCK_S=min(32, block_of_shares(shares)), BLOCK_E=64, num_warps=4,
+    )
+    return result, total

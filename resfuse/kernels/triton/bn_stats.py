@@ -1,0 +1,49 @@
+"""bn_stats: mean and biased variance of each channel. Reads z once."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..interface import Stats
+from . import _operands, _table
+from ._launch import arch, launch
+from ._moments import add_moments, merge_moments
+from ._tiles import load_tile
+
+
+@triton.jit(do_not_specialize=["M", "blocks", "each"])
+def _bn_stats(
+    z,  # [M, C] storage
+    partial,  # [shares, 2, C] float32
+    M, C, blocks, each,
+    EVEN_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(C, BLOCK_C)
+    share, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    cols = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    count = 0.0
+    mean = tl.zeros((BLOCK_C,), tl.float32)
+    squares = tl.zeros((BLOCK_C,), tl.float32)
+    for block in range(share * each, tl.minimum(share * each + each, blocks)):
+        index = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        t = load_tile(z, index.to(tl.int64) * C, cols, index < M, C, EVEN_C)
+        more = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
+        count, mean, squares = add_moments(count, mean, squares, t.to(tl.float32), index < M, more)
+    at = partial + share * (2 * C) + cols
+    tl.store(at, mean, mask=cols < C)
+    tl.store(at + C, squares, mask=cols < C)
+
+
+def bn_stats(z: Tensor) -> Stats:
+    _operands.check_rows(z=z)
+    count, channels = _operands.rows(z), z.shape[1]
+    tile = _table.tile("elements", z.dtype, channels, arch(z))
+    columns = -(-channels // tile.channels)
+    shares, each = _table.shares(count, tile.rows, columns)
+    partial = torch.empty((shares, 2, channels), dtype=torch.float32, device=z.device)
+    launch(
+        _bn_stats, shares * columns, z, z, partial, count, channels, -(-count // tile.rows), each,
+        EVEN_C=channels % tile.channels == 0, BLOCK_M=tile.rows, BLOCK_C=tile.channels, **tile.options,
+    )
+    return merge_moments(partial, each * tile.rows, count)

@@ -1,0 +1,120 @@
+"""conv_backward: a 1x1's gradients from recipes, da = dz @ W + add and dweight = dz.T @ a; other windows by the vendor.
+
+da reads dz's recipe and W once for each column of tiles and the addend once; dweight: `_outer_product.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..interface import Act, Addend, BNGrad, Geometry, Grad, Masked, Strided
+from ..vendor import conv_grads
+from . import _operands, _table
+from ._launch import arch, launch
+from ._outer_product import outer_product
+from ._tiles import add_grad_product, load_grad
+from .conv_stats import is_product, materialised
+from .select import written
+
+
+class StridedArgs(NamedTuple):
+    """compact [N, H/down, W/right] rows of C; width and pixels of the whole, and of the compact tensor."""
+
+    compact: Tensor
+    down: int
+    right: int
+    width: int
+    pixels: int
+    compact_width: int
+    compact_pixels: int
+
+
+NOT_STRIDED = StridedArgs(*7 * (None,))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _conv_dgrad(
+    g,  # GradArgs [M, K]
+    weight,  # [K, C] storage
+    add,  # GradArgs [M, C], or nothing
+    strided,  # StridedArgs, or nothing
+    da,  # [M, C] storage
+    M, K, C,
+    EVEN_K: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(C, BLOCK_N)
+    first = tl.program_id(0) % columns * BLOCK_N
+    index = tl.program_id(0) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols, inside = first + tl.arange(0, BLOCK_N), index < M
+    held = inside[:, None] if EVEN_C else inside[:, None] & (cols < C)[None, :]
+    if add.dout is not None:
+        beside = load_grad(add, index, first, inside, C, EVEN_C, BLOCK_M, BLOCK_N)
+    if strided.compact is not None:
+        pixel = index % strided.pixels
+        line, column = pixel // strided.width, pixel % strided.width
+        there = (line % strided.down == 0) & (column % strided.right == 0)
+        row = (index // strided.pixels).to(tl.int64) * strided.compact_pixels
+        row += line // strided.down * strided.compact_width + column // strided.right
+        beside = tl.load(strided.compact + row[:, None] * C + cols[None, :], mask=held & there[:, None], other=0.0)
+    acc = add_grad_product(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), g, weight, index, inside, cols, K, C, EVEN_K, EVEN_C, PRECISION,
+        BLOCK_M, BLOCK_K,
+    )
+    if add.dout is not None or strided.compact is not None:
+        acc += beside.to(tl.float32)
+    tl.store(da + index.to(tl.int64)[:, None] * C + cols[None, :], acc.to(da.dtype.element_ty), mask=held)
+
+
+def conv_backward(
+    grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    if not is_product(weight, geometry) or geometry.stride != (1, 1):
+        return _by_vendor(grad, a, weight, geometry, add, needs)
+    da = dweight = None
+    if needs[0]:
+        da = _dgrad(grad, weight.flatten(1).contiguous(), add)
+    if needs[1]:
+        dweight = outer_product(grad, a, None, torch.float32, sums=False)[0].view(weight.shape)
+    return da, dweight
+
+
+def _dgrad(grad: Grad, matrix: Tensor, add: Addend) -> Tensor:
+    args, (outer, channels) = _operands.grad(grad), matrix.shape
+    da, count = _operands.empty_rows(args.dout, channels), _operands.rows(args.dout)
+    beside, strided = _operands.NO_GRAD, NOT_STRIDED
+    if isinstance(add, Strided):
+        strided = _strided(add, da)
+    elif add is not None:
+        beside = _operands.grad(add)
+    tile = _table.tile("conv_backward", da.dtype, channels, arch(da))
+    launch(
+        _conv_dgrad, -(-count // tile.rows) * -(-channels // tile.channels), da, args, matrix, beside, strided, da,
+        count, outer, channels, EVEN_K=outer % tile.depth == 0, EVEN_C=channels % tile.channels == 0,
+        PRECISION=_operands.precision(da), BLOCK_M=tile.rows, BLOCK_N=tile.channels, BLOCK_K=tile.depth,
+        **tile.options,
+    )
+    return da
+
+
+def _strided(add: Strided, whole: Tensor) -> StridedArgs:
+    compact = add.compact.contiguous(memory_format=torch.channels_last)
+    _operands.check_rows(add=compact)
+    (_, _, height, width), (_, _, down, across) = whole.shape, compact.shape
+    return StridedArgs(compact, *add.stride, width, height * width, across, down * across)
+
+
+def _by_vendor(
+    grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    dz = written(grad) if isinstance(grad, Masked | BNGrad) else grad
+    da, dweight = conv_grads(dz, materialised(a), weight, geometry, needs)
+    if da is not None and isinstance(add, Strided):
+        down, right = add.stride
+        da[:, :, ::down, ::right] += add.compact
+    elif da is not None and add is not None:
+        da += written(add) if isinstance(add, Masked) else add
+    return da, dweight

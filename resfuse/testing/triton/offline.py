@@ -1,0 +1,157 @@
+"""Triton kernels compiled for a GPU that is not there, through the real launch path, and read.
+
+    with compiled_for(90) as compiler:
+        step(block)             # on the CPU, backend="triton": what is launched is compiled and not run
+    for kernel in compiler.kernels.values(): print(kernel.registers, kernel.spills)
+
+A launch specialises a kernel as a GPU's would: integers and addresses that are multiples of 16, arguments that are None.
+What else a step does, the vendor's convolutions say, is done on whatever the memory holds.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from ...kernels import dispatch
+from ...kernels.triton import _launch
+
+# Shared memory that a block may have, and registers and shared memory of a multiprocessor, by architecture.
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_TOTAL = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
+REGISTERS, THREADS = 65536, {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048}
+ARCHITECTURES = (80, 89, 90, 100)
+INSTRUCTIONS = {
+    "wgmma": r"wgmma\.mma_async", "mma.sync": r"mma\.sync", "tcgen05": r"tcgen05\.mma",
+    "cp.async 16": r"cp\.async\.cg\.shared\.global[^;]*0x10", "cp.async": r"cp\.async\.c[ag]\.shared\.global",
+    "ld 16": r"ld\.global[\w.:]*\.v4", "ld": r"ld\.global", "st 16": r"st\.global[\w.:]*\.v4", "st": r"st\.global",
+    "barrier": r"bar\.sync|barrier\.sync",
+}  # fmt: skip
+
+
+@dataclass
+class Kernel:
+    """What a compiled kernel takes and does."""
+
+    name: str
+    arch: int
+    settings: dict[str, object]
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    warps: int
+    serialized: bool
+    instructions: dict[str, int]
+    in_flight: int = field(default=0)  # groups of loads that the main loop leaves running
+    products_in_flight: int = field(default=0)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that fit on a multiprocessor at once."""
+        allocated = -(-self.registers // 8) * 8 * 32 * self.warps
+        by_shared = SHARED_TOTAL[self.arch] // (self.shared + 1024)
+        return min(REGISTERS // allocated, by_shared, THREADS[self.arch] // (32 * self.warps), 32)
+
+
+class FakeDriver:
+    """A driver that only answers; its device's number is the architecture, so that each has a cache of its own."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda")
+
+    def is_active(self) -> bool:
+        return True
+
+
+class Compiler:
+    """An `_launch.Instead` that compiles. `kernels`: what was compiled, by hash."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+        self.kernels: dict[str, Kernel] = {}
+        self.launches: list[tuple[str, int]] = []
+
+    def __call__(self, kernel, programs: int, args: tuple, options: dict) -> None:
+        compiled = kernel.warmup(*map(_meta, args), grid=(1,), **options)
+        self.launches.append((kernel.fn.__name__, programs))
+        if compiled.hash not in self.kernels:
+            self.kernels[compiled.hash] = _read(kernel.fn.__name__, self.arch, options, compiled)
+
+
+@contextmanager
+def compiled_for(arch: int) -> Iterator[Compiler]:
+    """Inside, the Triton set serves the CPU, and its kernels are compiled for that architecture instead of run."""
+    compiler, before = Compiler(arch), _launch.instead
+    dispatch.kernels.cache_clear()
+    driver.set_active(FakeDriver(arch))
+    _launch.instead = compiler
+    try:
+        yield compiler
+    finally:
+        _launch.instead = before
+        driver.set_active(None)
+        dispatch.kernels.cache_clear()
+
+
+def _meta(value):
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, tuple):
+        parts = [_meta(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def _read(name: str, arch: int, options: dict, compiled) -> Kernel:
+    said, ptx, ir = _ptxas(compiled.asm["ptx"], arch), compiled.asm["ptx"], compiled.asm["ttgir"]
+    loop = ir[ir.index("scf.for") :] if "scf.for" in ir else ""
+
+    def number(pattern: str) -> int:
+        return int(re.search(pattern, said)[1])
+
+    def most(pattern: str) -> int:
+        return max(map(int, re.findall(pattern, loop)), default=0)
+
+    counts = {what: len(re.findall(pattern, ptx)) for what, pattern in INSTRUCTIONS.items()}
+    return Kernel(
+        name, arch, {k: v for k, v in options.items() if not k.startswith("num_")}, number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes stack frame"), compiled.metadata.shared,
+        compiled.metadata.num_warps, "serialized" in said, {what: n for what, n in counts.items() if n},
+        most(r"async_wait.*num = (\d+)"), most(r"pendings = (\d+)"),
+    )
+
+
+def _ptxas(ptx: str, arch: int) -> str:
+    """What the assembler says of a kernel."""
+    tool = (knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas).path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool, "-v", f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}", file.name, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
