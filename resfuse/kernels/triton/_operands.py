@@ -66,7 +66,7 @@ class SumArgs(NamedTuple):
     pixels: int
 
 
-# Where a kernel may have an operand or not, none is a tuple of nothing: a tuple itself cannot be compared with None there.
+# What a kernel may do without comes as a tuple of nothing: a tuple itself cannot be compared with None there.
 NO_ACT = ActArgs(*4 * (None,))
 NO_GRAD = GradArgs(*12 * (None,))
 

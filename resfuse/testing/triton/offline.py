@@ -4,8 +4,8 @@
         step(block)             # on the CPU, backend="triton": what is launched is compiled and not run
     for kernel in compiler.kernels.values(): print(kernel.registers, kernel.spills)
 
-A launch specialises a kernel as a GPU's would: integers and addresses that are multiples of 16, arguments that are None.
-What else a step does, the vendor's convolutions say, is done on whatever the memory holds.
+A launch specialises a kernel as a GPU's would: integers and addresses that are multiples of 16, arguments that are
+None. What else a step does, the vendor's convolutions say, is done on whatever the memory holds.
 """
 
 from __future__ import annotations
