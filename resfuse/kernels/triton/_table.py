@@ -43,33 +43,51 @@ class Rule:
 
 
 FEW = "few channels fill no larger tile"
-ROWS = (
-    Rule(Tile(128, 32, 32, 4, 3, FEW), 2, 32),
-    Rule(Tile(128, 64, 64, 4, 3, "all of a bottleneck's 64 inner channels, and the activation read once"), 2, 64),
-    Rule(Tile(128, 128, 64, 8, 3, "eight warps keep the sums of 128 x 128 in registers"), 2),
-    Rule(Tile(64, 32, 32, 4, 3, FEW), 4, 32),
-    Rule(Tile(64, 64, 32, 4, 3, "float32 on the vector units: 32 sums a thread"), 4),
-)
-OUTER = (
-    Rule(Tile(64, 32, 32, 4, 2, FEW), 2, 32),
-    Rule(Tile(64, 64, 64, 4, 3, "synchronous products: small tiles, several blocks on a multiprocessor"), 2),
-    Rule(Tile(32, 32, 32, 4, 2, FEW), 4, 32),
-    Rule(Tile(32, 64, 64, 4, 2, "float32 on the vector units: 32 sums a thread"), 4),
-)
-ELEMENTS = (
-    Rule(Tile(128, 32, 0, 4, 1, FEW), None, 32),
-    Rule(Tile(64, 64, 0, 4, 1, "128 bytes a row in 16 bits; 32 values a thread in flight"), None, 64),
-    Rule(Tile(32, 128, 0, 4, 1, "256 bytes a row in 16 bits; 32 values a thread in flight")),
-)
+TWO = "two blocks of eight warps on a multiprocessor: what one waits for, the other hides"
+VECTOR_UNITS = "float32 on the vector units: 16 sums a thread"
+FEW_ROWS = Rule(Tile(128, 32, 32, 4, 3, FEW), 2, 32)
+FLOAT32_ROWS = (Rule(Tile(64, 32, 32, 4, 3, FEW), 4, 32), Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4))
 TABLE = {
-    "conv_stats": ROWS,
-    "expand": ROWS,
-    "expand_dgrad": ROWS,
-    "conv_backward": ROWS,
-    "covariance": OUTER,
-    "outer_product": OUTER,
-    "elements": ELEMENTS,
-}
+    "conv_stats": (
+        FEW_ROWS,
+        Rule(Tile(128, 64, 64, 8, 3, f"all of a bottleneck's 64 inner channels; {TWO}"), 2, 64),
+        Rule(Tile(128, 64, 64, 8, 3, "the sums come from tensor memory, and wider ones spill"), 2, None, 100),
+        Rule(Tile(128, 128, 64, 8, 3, "arithmetic weighs more: the largest tile whose sums stay in registers"), 2),
+        *FLOAT32_ROWS,
+    ),
+    "expand": (
+        FEW_ROWS,
+        Rule(Tile(64, 128, 32, 8, 3, f"the residual is on its way while the product runs; {TWO}"), 2, 512),
+        Rule(Tile(128, 128, 64, 8, 3, "arithmetic weighs more: the largest tile whose sums stay in registers"), 2),
+        *FLOAT32_ROWS,
+    ),
+    "expand_dgrad": (
+        FEW_ROWS,
+        Rule(Tile(128, 64, 32, 8, 3, f"{TWO}; with a depth of 64 the first product's wgmma are serialised"), 2),
+        *FLOAT32_ROWS,
+    ),
+    "conv_backward": (
+        FEW_ROWS,
+        Rule(Tile(64, 128, 32, 8, 3, f"a recipe of two tensors and a mask in registers; {TWO}"), 2),
+        *FLOAT32_ROWS,
+    ),
+    "covariance": (
+        Rule(Tile(32, 32, 32, 4, 2, FEW), None, 32),
+        Rule(Tile(64, 64, 32, 8, 3, "synchronous products: many warps hide one another's waits"), 2),
+        Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4),
+    ),
+    "outer_product": (
+        Rule(Tile(64, 32, 32, 4, 2, FEW), None, 32),
+        Rule(Tile(64, 64, 32, 8, 2, "tensor memory: a third stage spills in float16"), 2, None, 100),
+        Rule(Tile(64, 64, 32, 8, 3, "synchronous products: many warps hide one another's waits"), 2),
+        Rule(Tile(64, 64, 32, 4, 2, "float32 on the vector units: 32 sums a thread"), 4),
+    ),
+    "elements": (
+        Rule(Tile(128, 32, 0, 4, 1, FEW), None, 32),
+        Rule(Tile(64, 64, 0, 4, 1, "128 bytes a row in 16 bits; 32 values a thread in flight"), None, 64),
+        Rule(Tile(32, 128, 0, 4, 1, "256 bytes a row in 16 bits; 32 values a thread in flight")),
+    ),
+}  # fmt: skip
 # Programs that share the rows of a sum, all channels together: a few on each multiprocessor of the largest GPUs. A
 # constant, so that results do not depend on which GPU computes them.
 SHARES = 528

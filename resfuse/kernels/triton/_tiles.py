@@ -135,6 +135,7 @@ def add_grad_product(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """acc + g @ weight[:, cols]; g [M, outer], weight [outer, inner]."""
+    tl.assume(outer > 0)
     for k in range(0, outer, BLOCK_K):
         t = load_grad(g, index, k, inside, outer, EVEN_OUTER, BLOCK_M, BLOCK_K)
         w = load_weight(weight, k + tl.arange(0, BLOCK_K), cols, outer, inner, EVEN_OUTER, EVEN_INNER)
@@ -148,6 +149,7 @@ def add_act_product(
     EVEN_OUTER: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """acc + a @ weight[cols].T; a [M, inner], weight [outer, inner]."""
+    tl.assume(inner > 0)
     for k in range(0, inner, BLOCK_K):
         depth = k + tl.arange(0, BLOCK_K)
         t = load_act(a, starts, depth, inside, inner, RELU, EVEN_INNER)

@@ -113,19 +113,19 @@ def expand_coefficients(
     products: Tensor, sum_g: Tensor, weight: Tensor, wg: Tensor, mean: Tensor, cov: Tensor, affine: Affine, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (outer, inner), precision = weight.shape, _operands.precision(weight)
-    block, scale, invstd = 32 if inner <= 32 else 64, affine.scale, affine.invstd
-    columns = -(-inner // block)
+    scale, _, invstd = affine
+    columns = -(-inner // 32)
     dgamma, dweight, full, largest, c = (
         products.new_empty(size) for size in ((outer,), (outer, inner), (inner, inner), (columns**2,), (inner,))
     )
     q, q_scale = torch.empty_like(full, dtype=weight.dtype), products.new_empty(())
     launch(
         _by_rows, -(-outer // 16), weight, products, weight, cov, scale, invstd, dgamma, dweight, outer, inner,
-        PRECISION=precision, BLOCK_R=16, BLOCK_C=block, num_warps=4,
+        PRECISION=precision, BLOCK_R=16, BLOCK_C=32 if inner <= 32 else 64, num_warps=4,
     )
     launch(
         _tiles_of_q, columns**2, weight, weight, scale, invstd, dgamma, full, largest, count, outer, inner,
-        PRECISION=precision, BLOCK_K=32, BLOCK_C=block, num_warps=4,
+        PRECISION=precision, BLOCK_K=32, BLOCK_C=32, num_warps=4,
     )
     launch(
         _columns_of_q, -(-inner // 16), weight, full, largest, wg, sum_g, mean, q, q_scale, c, columns**2, count,

@@ -32,6 +32,7 @@ def _expand_dgrad(
     starts = row_starts(a.view, index, C)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if q is not None:
+        tl.assume(C > 0)
         for k in range(0, C, BLOCK_K):
             depth = k + tl.arange(0, BLOCK_K)
             t = load_act(a, starts, depth, inside, C, A_RELU, EVEN_DEPTH)
