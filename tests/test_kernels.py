@@ -1,10 +1,11 @@
 """Every kernel set's primitives, one by one, against the formulas written plainly in float64."""
 
 import importlib
+from contextlib import nullcontext
 
 import pytest
 import torch
-from units import NATIVE, activation, interpreted_triton
+from units import NATIVE, activation, triton_kernels
 
 from resfuse.kernels.eager import _rows
 from resfuse.kernels.interface import (
@@ -40,17 +41,16 @@ REFUSALS = {"weighed_second", "dtype", "device", "vector"}
 
 @pytest.fixture(
     autouse=True,
-    params=[("eager", 1 << 19), ("eager", 40), pytest.param(("cpu", 1 << 19), marks=NATIVE), ("triton", 1 << 19)],
-    ids=["eager", "eager, many parts", "cpu", "triton"],
+    params=[
+        "eager", "eager, many parts", pytest.param("cpu", marks=NATIVE), "triton",
+        pytest.param("triton, gpu", marks=pytest.mark.gpu),
+    ],  # fmt: skip
 )
 def kernel_set(request, monkeypatch):
-    name, part_elements = request.param
-    monkeypatch.setitem(_rows._PART_ELEMENTS, "cpu", part_elements)
+    name, _, how = request.param.partition(", ")
+    monkeypatch.setitem(_rows._PART_ELEMENTS, "cpu", 40 if how == "many parts" else 1 << 19)
     monkeypatch.setattr(primitive, "kernel_set", name)
-    if name == "triton":
-        with interpreted_triton(monkeypatch):
-            yield name
-    else:
+    with triton_kernels(monkeypatch, gpu=how == "gpu") if name == "triton" else nullcontext():
         yield name
 
 

@@ -98,12 +98,14 @@ def activation(n, c, h, w, *, dtype=torch.float64, channels_last=True, seed=0) -
 
 
 @contextmanager
-def interpreted_triton(monkeypatch, tf32: bool = False):
-    """The Triton kernels on the CPU; float32 products exact, or as torch's convolutions take them on a GPU."""
+def triton_kernels(monkeypatch, gpu: bool = False, tf32: bool = False):
+    """The Triton set serves the CPU's tensors: interpreted, or on a GPU between margins. Float32 products are exact, or
+    as torch's convolutions take them on a GPU."""
     if not TRITON:
         pytest.skip("triton_missing: Triton is not installed")
     from resfuse.testing.triton.interpreter import interpreted
+    from resfuse.testing.triton.runners import OnGPU, instead
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    with interpreted() as runner:
+    with instead(OnGPU()) if gpu else interpreted() as runner:
         yield runner

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import info, plot, tables, verify
+from . import info, kernels, plot, tables, verify
 from .implementations import IMPLEMENTATIONS, Implementation
 from .plan import Plan, plan
 from .run import run
@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--png", type=Path, metavar="PATH", help="figure of the loss curves")
 
     facts = commands.add_parser("info", help="device, versions, kernel sets, what is missing and how to get it")
+    compiled = commands.add_parser("kernels", help="what the Triton kernels are compiled to; needs no GPU")
+    compiled.add_argument("--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="default: 90")
+    compiled.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     for command in (bench, training, facts):
         command.add_argument(
             "--device", type=torch.device, default=_default_device(), help="default: cuda if there is one"
@@ -62,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify.show(found, console)
         verify.write(found, options.json, options.png)
         return 0 if found.passed else 1
-    info.show(options.device, console)
+    if options.command == "kernels":
+        kernels.show(options.arch, getattr(torch, options.dtype), console)
+    else:
+        info.show(options.device, console)
     return 0
 
 

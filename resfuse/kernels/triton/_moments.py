@@ -11,6 +11,9 @@ from torch import Tensor
 from ..interface import Stats
 from ._launch import launch
 
+# Shares that a merging program reads at once: many loads in flight, since there is little else to hide behind.
+BLOCK_S = 64
+
 
 @triton.jit
 def add_moments(count, mean, squares, t, inside, more):
@@ -55,7 +58,7 @@ def merge_moments(partial: Tensor, rows_each: int, rows: int) -> Stats:
     block = 16
     launch(
         _merge_moments, -(-channels // block), partial, partial, *stats, shares, rows_each, rows, channels,
-        BLOCK_S=block_of_shares(shares), BLOCK_C=block, num_warps=4,
+        BLOCK_S=BLOCK_S, BLOCK_C=block, num_warps=4,
     )
     return stats
 
@@ -69,8 +72,3 @@ def sum_shares(at, shares, stride, elements, E, BLOCK_S: tl.constexpr, BLOCK_E: 
         held = (share < shares)[:, None] & (elements < E)[None, :]
         total += tl.load(at + share.to(tl.int64)[:, None] * stride + elements[None, :], mask=held, other=0.0)
     return tl.sum(total, 0)
-
-
-def block_of_shares(shares: int) -> int:
-    """Shares that a merging program reads at once: many loads in flight, since there is little else to hide behind."""
-    return min(128, max(4, triton.next_power_of_2(shares)))

@@ -41,7 +41,7 @@ class GradArgs(NamedTuple):
     mask: Tensor | None
     row_scale: Tensor | None
     factor: float | None
-    pixels: int
+    pixels: int | None
     z: Tensor | None
     scale: Tensor | None
     shift: Tensor | None
@@ -63,7 +63,7 @@ class SumArgs(NamedTuple):
     row_scale: Tensor | None
     gate: Tensor | None
     factor: float | None
-    pixels: int
+    pixels: int | None
 
 
 # What a kernel may do without comes as a tuple of nothing: a tuple itself cannot be compared with None there.
@@ -87,7 +87,7 @@ def grad(g: Grad) -> GradArgs:
     dy = g.dy if recipe else g
     dout, mask, row_scale, factor = dy if isinstance(dy, Masked) else (dy, None, None, 1.0)
     check_rows(g=dout)
-    channels, pixels = dout.shape[1], dout.shape[2] * dout.shape[3]
+    channels, pixels = dout.shape[1], _pixels(dout, row_scale)
     weighed = (row_scale, factor) if row_scale is not None or factor != 1 else (None, None)
     if recipe is None:
         return GradArgs(dout, words(mask, channels), *weighed, pixels, *7 * (None,))
@@ -113,7 +113,7 @@ def total(s: Sum, like: Tensor, channels: int) -> SumArgs:
         view = _view(residual, "residual")
     check_rows(gate=s.gate)
     factor = None if s.scale == 1 else s.scale
-    pixels = like.shape[2] * like.shape[3]
+    pixels = _pixels(like, s.row_scale)
     return SumArgs(residual, scale, shift, view, before, held, s.row_scale, s.gate, factor, pixels)
 
 
@@ -156,6 +156,11 @@ def precision(t: Tensor) -> str:
     if conv is None or not hasattr(conv, "fp32_precision"):  # torch before 2.9
         return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
     return "tf32" if conv.fp32_precision == "tf32" else "ieee"
+
+
+def _pixels(t: Tensor, row_scale: Tensor | None) -> int | None:
+    """Rows of a sample, where a kernel needs it: a number that it does not read would only make for more variants."""
+    return None if row_scale is None else t.shape[2] * t.shape[3]
 
 
 def _check_stored(**tensors: Tensor | None) -> None:

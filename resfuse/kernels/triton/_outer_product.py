@@ -14,7 +14,7 @@ from torch import Tensor
 from ..interface import Act, Grad
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import block_of_shares, sum_shares
+from ._moments import sum_shares
 from ._tiles import as_read, load_act, load_grad, load_vector, row_starts
 
 
@@ -100,6 +100,6 @@ def outer_product(
     result = torch.empty((outer, inner), dtype=dtype, device=x.device)
     launch(
         _merge, -(-result.numel() // 64), x, products, partial, None if centred else mean, result, total, shares,
-        outer, inner, BLOCK_S=min(32, block_of_shares(shares)), BLOCK_E=64, num_warps=4,
+        outer, inner, BLOCK_S=32, BLOCK_E=64, num_warps=4,
     )
     return result, total

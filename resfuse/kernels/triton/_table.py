@@ -45,8 +45,8 @@ class Rule:
 FEW = "few channels fill no larger tile"
 TWO = "two blocks of eight warps on a multiprocessor: what one waits for, the other hides"
 VECTOR_UNITS = "float32 on the vector units: 16 sums a thread"
-FEW_ROWS = Rule(Tile(128, 32, 32, 4, 3, FEW), 2, 32)
-FLOAT32_ROWS = (Rule(Tile(64, 32, 32, 4, 3, FEW), 4, 32), Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4))
+FEW_ROWS = Rule(Tile(64, 32, 32, 4, 3, FEW), 2, 32)
+FLOAT32_ROWS = (Rule(Tile(32, 32, 32, 4, 2, FEW), 4, 32), Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4))
 TABLE = {
     "conv_stats": (
         FEW_ROWS,
@@ -68,6 +68,7 @@ TABLE = {
     ),
     "conv_backward": (
         FEW_ROWS,
+        Rule(Tile(64, 64, 32, 8, 3, f"as below, of 64 channels; {TWO}"), 2, 64),
         Rule(Tile(64, 128, 32, 8, 3, f"a recipe of two tensors and a mask in registers; {TWO}"), 2),
         *FLOAT32_ROWS,
     ),
@@ -86,6 +87,10 @@ TABLE = {
         Rule(Tile(128, 32, 0, 4, 1, FEW), None, 32),
         Rule(Tile(64, 64, 0, 4, 1, "128 bytes a row in 16 bits; 32 values a thread in flight"), None, 64),
         Rule(Tile(32, 128, 0, 4, 1, "256 bytes a row in 16 bits; 32 values a thread in flight")),
+    ),
+    "max_pool": (
+        Rule(Tile(32, 32, 0, 4, 1, FEW), None, 32),
+        Rule(Tile(32, 64, 0, 8, 1, "the address of each tap in registers: 8 values a thread")),
     ),
 }  # fmt: skip
 # Programs that share the rows of a sum, all channels together: a few on each multiprocessor of the largest GPUs. A

@@ -2,6 +2,10 @@
 
 Rows beyond M and channels beyond the last are read as 0. No predicate made of indices stands between an activation and
 the product that reads it: that would send the operand of each step through shared memory.
+
+The assembler runs Hopper's products one after another, and says so, where it cannot prove that the sums are defined and
+read by products alone while they are in flight. Two hints prevent it in every kernel of this set: a loop of products is
+said to run at least once, so that no zeros are merged into its sums, and an addition of 0 stands before their readers.
 """
 
 import triton
@@ -140,7 +144,7 @@ def add_grad_product(
         t = load_grad(g, index, k, inside, outer, EVEN_OUTER, BLOCK_M, BLOCK_K)
         w = load_weight(weight, k + tl.arange(0, BLOCK_K), cols, outer, inner, EVEN_OUTER, EVEN_INNER)
         acc = tl.dot(as_read(t, PRECISION), as_read(w, PRECISION), acc, input_precision=PRECISION)
-    return acc
+    return acc + 0.0
 
 
 @triton.jit
@@ -155,7 +159,7 @@ def add_act_product(
         t = load_act(a, starts, depth, inside, inner, RELU, EVEN_INNER)
         w = load_weight(weight, cols, depth, outer, inner, EVEN_OUTER, EVEN_INNER)
         acc = tl.dot(as_read(t, PRECISION), as_read(w, PRECISION).T, acc, input_precision=PRECISION)
-    return acc
+    return acc + 0.0
 
 
 @triton.jit

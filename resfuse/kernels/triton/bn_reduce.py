@@ -8,7 +8,7 @@ from torch import Tensor
 from ..interface import BNContext, Masked
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import block_of_shares, sum_shares
+from ._moments import BLOCK_S, sum_shares
 from ._tiles import load_grad, load_tile, load_vector
 
 
@@ -74,7 +74,7 @@ def bn_vectors(g: _operands.GradArgs, z: Tensor, context: BNContext) -> Tensor:
     block = 16
     launch(
         _bn_vectors, -(-channels // block), z, partial, invstd, gamma, vectors, shares, count, channels,
-        BLOCK_S=block_of_shares(shares), BLOCK_C=block, num_warps=4,
+        BLOCK_S=BLOCK_S, BLOCK_C=block, num_warps=4,
     )
     return vectors
 

@@ -80,7 +80,7 @@ def bn_relu_max_pool(a: Norm, window: Window) -> tuple[Tensor, Tensor]:
         (n, channels, height, width), dtype=z.dtype, device=z.device, memory_format=torch.channels_last
     )
     argmax = torch.empty_like(out, dtype=torch.uint8)
-    count, tile = _operands.rows(out), _table.tile("elements", z.dtype, channels, arch(z))
+    count, tile = _operands.rows(out), _table.tile("max_pool", z.dtype, channels, arch(z))
     launch(
         _bn_relu_max_pool, -(-count // tile.rows) * -(-channels // tile.channels), z, z, a.scale, a.shift, out, argmax,
         window_args(z, height, width, window), count, channels, EVEN_C=channels % tile.channels == 0,

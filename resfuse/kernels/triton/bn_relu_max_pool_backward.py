@@ -50,7 +50,7 @@ def bn_relu_max_pool_backward(
     z, channels = a.z, a.z.shape[1]
     _operands.check_rows(dout=dout, z=z)
     dy, count = torch.empty_like(z), _operands.rows(z)
-    tile = _table.tile("elements", z.dtype, channels, arch(z))
+    tile = _table.tile("max_pool", z.dtype, channels, arch(z))
     launch(
         _max_pool_backward, -(-count // tile.rows) * -(-channels // tile.channels), z, dout, argmax, dy,
         window_args(z, *dout.shape[2:], window), count, channels, BLOCK_M=tile.rows, BLOCK_C=tile.channels,

@@ -42,7 +42,6 @@ def _conv_stats(
             tl.zeros((BLOCK_M, BLOCK_N), tl.float32), a, weight, row_starts(a.view, index, C), inside, cols, C, K,
             RELU, EVEN_C, EVEN_K, PRECISION, BLOCK_K,
         )
-        acc += 0.0  # without it the assembler finds the sums read too early, and serialises float16's wgmma
         t = acc.to(z.dtype.element_ty)
         held = inside[:, None] if EVEN_K else inside[:, None] & (cols < K)[None, :]
         tl.store(z + index.to(tl.int64)[:, None] * K + cols[None, :], t, mask=held)

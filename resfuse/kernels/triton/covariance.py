@@ -17,7 +17,7 @@ from torch import Tensor
 from ..interface import Act
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import block_of_shares
+from ._moments import BLOCK_S
 from ._tiles import as_read, load_act, row_starts
 
 
@@ -127,13 +127,13 @@ def covariance(a: Act) -> tuple[Tensor, Tensor]:
         each, RELU=_operands.relu(a), EVEN_C=channels % tile.channels == 0, PIVOT=x.dtype == torch.float32,
         PRECISION=_operands.precision(x), BLOCK_M=tile.depth, BLOCK_C=tile.channels, **tile.options,
     )
-    rows_each, block_s = each * tile.depth, block_of_shares(shares)
+    rows_each = each * tile.depth
     launch(
-        _merge_means, -(-channels // 16), x, means, mean, shares, rows_each, count, channels, BLOCK_S=block_s,
+        _merge_means, -(-channels // 16), x, means, mean, shares, rows_each, count, channels, BLOCK_S=BLOCK_S,
         BLOCK_C=16, num_warps=4,
     )
     launch(
         _merge_covariance, -(-cov.numel() // 64), x, means, squares, mean, cov, shares, rows_each, count, channels,
-        TILE=tile.channels, BLOCK_S=min(32, block_s), BLOCK_E=64, num_warps=4,
+        TILE=tile.channels, BLOCK_S=32, BLOCK_E=64, num_warps=4,
     )
     return mean, cov

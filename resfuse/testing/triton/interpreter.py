@@ -6,8 +6,7 @@
 Triton 3.6's own interpreter multiplies and adds the bit patterns of bfloat16, truncates casts to it, does not shorten
 float32 operands to tf32, and cannot index with loaded bounds under NumPy 2.4. That is repaired here. It knows nothing
 of races, shared memory or power-of-two shapes: every kernel that is interpreted is compiled too (`offline.py`). And it
-reads and writes any address, so every buffer is handed over between margins of NaN (or of a pattern), which have to be
-there afterwards.
+reads and writes any address: `guards.py`.
 """
 
 from __future__ import annotations
@@ -16,18 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from ...kernels import dispatch
-from ...kernels.triton import _launch
+from .guards import guarded
+from .runners import instead
 
 ARCH = 90  # whose launch choices are taken
-MARGIN = 1 << 12  # values before and behind a buffer
-PATTERN = 0x55
 
 _Handle, _Builder = interpreter.TensorHandle, interpreter.InterpreterBuilder
 _COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
@@ -46,67 +41,19 @@ class Interpreted:
 
     def __call__(self, kernel, programs: int, args: tuple, options: dict) -> None:
         self.launches[kernel.fn.__name__] = self.launches.get(kernel.fn.__name__, 0) + 1
-        guards: dict[int, _Guard] = {}
-        guarded = _replaced(args, guards)
-        _function(kernel).run(*guarded, grid=(programs,), warmup=False, **options)
-        for guard in guards.values():
-            guard.give_back(kernel.fn.__name__)
+        with guarded(args, "cpu", kernel.fn.__name__) as between_margins:
+            _function(kernel).run(*between_margins, grid=(programs,), warmup=False, **options)
 
 
 @contextmanager
 def interpreted() -> Iterator[Interpreted]:
     """Inside, the Triton set serves the CPU, and its kernels are interpreted."""
-    runner, before = Interpreted(), _launch.instead
     _repair()
-    dispatch.kernels.cache_clear()
-    _launch.instead = runner
     try:
-        yield runner
+        with instead(Interpreted()) as runner:
+            yield runner
     finally:
-        _launch.instead = before
-        dispatch.kernels.cache_clear()
         _restore()
-
-
-# Margins -----------------------------------------------------------------------------------------------------
-
-
-class _Guard:
-    """A copy of a tensor's memory between two margins."""
-
-    def __init__(self, t: Tensor):
-        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        span = last + 1 if t.numel() else 0
-        self.source = t.as_strided((span,), (1,))
-        self.buffer = torch.empty(span + 2 * MARGIN, dtype=t.dtype)
-        if t.is_floating_point():
-            self.buffer.fill_(float("nan"))
-        else:
-            self.buffer.view(torch.uint8).fill_(PATTERN)
-        self.before = self.buffer.view(torch.uint8).clone()
-        self.inside = self.buffer[MARGIN : MARGIN + span]
-        self.inside.copy_(self.source)
-        self.tensor = self.buffer.as_strided(t.shape, t.stride(), MARGIN)
-
-    def give_back(self, name: str) -> None:
-        margin = MARGIN * self.buffer.element_size()
-        now = self.buffer.view(torch.uint8)
-        if not (torch.equal(now[:margin], self.before[:margin]) and torch.equal(now[-margin:], self.before[-margin:])):
-            raise AssertionError(f"{name} wrote outside of a buffer of {tuple(self.tensor.shape)} {self.tensor.dtype}")
-        self.source.copy_(self.inside)
-
-
-def _replaced(value, guards: dict[int, _Guard]):
-    """value with every tensor guarded, the same one once."""
-    if isinstance(value, Tensor):
-        guard = guards.get(id(value))
-        if guard is None:
-            guard = guards[id(value)] = _Guard(value)
-        return guard.tensor
-    if isinstance(value, tuple):
-        parts = [_replaced(part, guards) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value
 
 
 # Repairs -----------------------------------------------------------------------------------------------------

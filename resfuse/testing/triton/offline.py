@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ...kernels import dispatch
-from ...kernels.triton import _launch
+from .runners import instead
 
 # Shared memory that a block may have, and registers and shared memory of a multiprocessor, by architecture.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -46,6 +45,7 @@ class Kernel:
     name: str
     arch: int
     settings: dict[str, object]
+    stages: int
     registers: int
     spills: int
     stack: int
@@ -53,8 +53,18 @@ class Kernel:
     warps: int
     serialized: bool
     instructions: dict[str, int]
-    in_flight: int = field(default=0)  # groups of loads that the main loop leaves running
-    products_in_flight: int = field(default=0)
+    loads_in_flight: int  # groups of asynchronous loads that the main loop leaves running
+    products_in_flight: int
+    bytes: int = 0  # of all operands of its largest launch
+
+    @property
+    def tile(self) -> list[int]:
+        return [value for name, value in self.settings.items() if name.startswith("BLOCK")]
+
+    @property
+    def even(self) -> bool:
+        """Whether every tile is a whole one: the fast path."""
+        return all(value for name, value in self.settings.items() if name.startswith("EVEN"))
 
     @property
     def blocks(self) -> int:
@@ -90,33 +100,31 @@ class FakeDriver:
 
 
 class Compiler:
-    """An `_launch.Instead` that compiles. `kernels`: what was compiled, by hash."""
+    """An `_launch.Instead` that compiles. kernels: what was compiled, by hash; launches: their names, in order."""
 
     def __init__(self, arch: int):
         self.arch = arch
         self.kernels: dict[str, Kernel] = {}
-        self.launches: list[tuple[str, int]] = []
+        self.launches: list[str] = []
 
     def __call__(self, kernel, programs: int, args: tuple, options: dict) -> None:
         compiled = kernel.warmup(*map(_meta, args), grid=(1,), **options)
-        self.launches.append((kernel.fn.__name__, programs))
+        self.launches.append(kernel.fn.__name__)
         if compiled.hash not in self.kernels:
             self.kernels[compiled.hash] = _read(kernel.fn.__name__, self.arch, options, compiled)
+        found = self.kernels[compiled.hash]
+        found.bytes = max(found.bytes, sum({id(t): t.numel() * t.element_size() for t in _tensors(args)}.values()))
 
 
 @contextmanager
 def compiled_for(arch: int) -> Iterator[Compiler]:
     """Inside, the Triton set serves the CPU, and its kernels are compiled for that architecture instead of run."""
-    compiler, before = Compiler(arch), _launch.instead
-    dispatch.kernels.cache_clear()
     driver.set_active(FakeDriver(arch))
-    _launch.instead = compiler
     try:
-        yield compiler
+        with instead(Compiler(arch)) as compiler:
+            yield compiler
     finally:
-        _launch.instead = before
         driver.set_active(None)
-        dispatch.kernels.cache_clear()
 
 
 def _meta(value):
@@ -126,6 +134,14 @@ def _meta(value):
         parts = [_meta(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
+
+
+def _tensors(value) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _read(name: str, arch: int, options: dict, compiled) -> Kernel:
@@ -140,10 +156,12 @@ def _read(name: str, arch: int, options: dict, compiled) -> Kernel:
 
     counts = {what: len(re.findall(pattern, ptx)) for what, pattern in INSTRUCTIONS.items()}
     return Kernel(
-        name, arch, {k: v for k, v in options.items() if not k.startswith("num_")}, number(r"Used (\d+) registers"),
-        number(r"(\d+) bytes spill stores"), number(r"(\d+) bytes stack frame"), compiled.metadata.shared,
-        compiled.metadata.num_warps, "serialized" in said, {what: n for what, n in counts.items() if n},
-        most(r"async_wait.*num = (\d+)"), most(r"pendings = (\d+)"),
+        name, arch, settings={key: value for key, value in options.items() if not key.startswith("num_")},
+        stages=compiled.metadata.num_stages, registers=number(r"Used (\d+) registers"),
+        spills=number(r"(\d+) bytes spill stores"), stack=number(r"(\d+) bytes stack frame"),
+        shared=compiled.metadata.shared, warps=compiled.metadata.num_warps, serialized="serialized" in said,
+        instructions={what: n for what, n in counts.items() if n},
+        loads_in_flight=most(r"async_wait.*num = (\d+)"), products_in_flight=most(r"pendings = (\d+)"),
     )
 
 

@@ -1,0 +1,49 @@
+"""Training steps whose kernels are compiled: the blocks that a launch table is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+
+import resfuse
+
+from ..cases import CASES, Case, make_block, make_gradient, make_input
+from .offline import Compiler, compiled_for
+
+# ResNet-50's bottlenecks, relatives with other operands, and blocks of few channels, some not multiples of 16.
+FULL_SIZE = (
+    "stage1", "stage2", "stage3", "stage4", "stage1-projection", "stage2-projection", "stage3-projection",
+    "stage4-projection", "basic-stage1", "preact-stage1", "dense-layer", "stem",
+)  # fmt: skip
+SMALL = ("small-projection", "small-pooled", "small-padded", "ragged", "small-stem", "small-preact")
+BATCH = 32  # enough rows for the form that large batches take
+
+
+def compile_steps(arch: int, dtype: torch.dtype, names: Iterable[str], tf32: bool = False) -> Compiler:
+    """What the Triton set launches in a training step of each case, compiled for an architecture.
+
+    dtype: float32, or that of autocast; tf32: how torch's convolutions take float32 products.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        with compiled_for(arch) as compiler:
+            for name in names:
+                _step(CASES[name], dtype)
+        return compiler
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _step(case: Case, dtype: torch.dtype) -> None:
+    if case.height > 7 and case.batch > 4:
+        case = replace(case, batch=BATCH)
+    block = resfuse.fuse(make_block(case), config=resfuse.FuseConfig(backend="triton"))
+    x = make_input(case, dtype).requires_grad_()
+    context = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
+    with context:
+        out = block(x)
+    out.backward(make_gradient(case, out.dtype))

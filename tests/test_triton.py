@@ -1,0 +1,197 @@
+"""The Triton set beyond single primitives: whole blocks interpreted, its refusals, and the tools that check it."""
+
+import copy
+
+import pytest
+import torch
+from units import activation, triton_kernels
+from units import bottleneck as random_bottleneck
+
+import resfuse
+from resfuse.functional import bottleneck, conv_bn_add_relu
+from resfuse.kernels import dispatch
+from resfuse.kernels.eager._rows import round_to_tf32
+from resfuse.kernels.interface import Geometry, Masked, Norm, Sum, Unsupported, Want
+from resfuse.testing import cases, comparison
+from resfuse.testing.comparison import MODES
+
+triton = pytest.importorskip("triton", reason="triton_missing: Triton is not installed")
+tl = triton.language
+
+from resfuse.kernels.triton._launch import launch  # noqa: E402
+from resfuse.kernels.triton._operands import View  # noqa: E402
+from resfuse.kernels.triton._tiles import row_starts  # noqa: E402
+from resfuse.kernels.triton.apply import apply  # noqa: E402
+from resfuse.kernels.triton.conv_stats import conv_stats  # noqa: E402
+from resfuse.kernels.triton.covariance import covariance  # noqa: E402
+from resfuse.kernels.triton.select import select  # noqa: E402
+
+POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
+BLOCKS = (
+    "small-identity", "small-strided", "small-v1-stride", "small-bias", "odd-projection", "wide-inside",
+    "small-basic-strided", "small-pooled", "small-padded", "small-scaled", "small-preact-bottleneck",
+    "small-dense-layer", "small-stem",
+)  # fmt: skip
+DEVICES = [False, pytest.param(True, marks=pytest.mark.gpu)]
+
+
+def fuse(module):
+    return resfuse.fuse(module, config=resfuse.FuseConfig(backend="triton"))
+
+
+@pytest.fixture(params=DEVICES, ids=["interpreted", "gpu"])
+def runner(request, monkeypatch):
+    with triton_kernels(monkeypatch, gpu=request.param) as running:
+        yield running
+
+
+@pytest.mark.parametrize("mode", ["float32", "autocast-bfloat16", "autocast-float16"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_as_exact_as_eager(name, mode, runner):
+    comparison.check_case(cases.CASES[name], fuse, MODES[mode], range(5), kinks=False)
+    wide = {"_covariance", "_expand", "_outer_product", "_expand_dgrad"}
+    assert wide <= set(runner.launches) if name == "small-identity" else runner.launches
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast-bfloat16", "autocast-float16"])
+@pytest.mark.parametrize("name", ["small-strided", "odd-projection", "small-preact-bottleneck", "small-stem", "stage2"])
+def test_blocks_on_a_gpu(name, mode):
+    """As launched in use, nothing between the kernels and their tensors."""
+    comparison.check_case(cases.CASES[name], fuse, MODES[mode], range(5), device="cuda", kinks=False)
+
+
+def step(block, x):
+    x = x.clone().requires_grad_()
+    out = block(x)
+    out.backward(torch.ones_like(out))
+    return [out.detach(), x.grad, *(p.grad for p in block.parameters()), *block.buffers()]
+
+
+def test_the_same_bits_every_time(runner):
+    case = cases.CASES["small-strided"]
+    block, x = cases.make_block(case), cases.make_input(case)
+    first, second = (step(fuse(copy.deepcopy(block)), x) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_frozen_statistics_and_no_grad(runner):
+    case = cases.CASES["small-projection"]
+    block, x = cases.make_block(case).eval(), cases.make_input(case)
+    expected = step(copy.deepcopy(block), x)
+    for ours, theirs in zip(step(fuse(copy.deepcopy(block)), x), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(fuse(block)(x), expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_turns_nan_is_seen(value, runner):
+    case = cases.CASES["small-identity"]
+    block, x = fuse(cases.make_block(case)), cases.make_input(case)
+    x[0, 0, 0, 0] = value
+    out = block(x)
+    assert out.isnan().any() and all(not b.isfinite().all() for n, b in block.named_buffers() if "running" in n)
+
+
+def test_row_scale_and_gradients_of_few_parameters(runner):
+    """Stochastic depth, and only one weight that wants a gradient."""
+    convs = random_bottleneck(dtype=torch.float32)
+    for c in convs[:2]:
+        c.weight.requires_grad_(False)
+    x, rows = activation(3, 8, 5, 4, dtype=torch.float32), torch.tensor([0.0, 2.0, 1.5])
+    found = []
+    for backend in ("triton", "eager"):
+        twins = tuple(c._replace(running_mean=None, running_var=None, num_batches_tracked=None) for c in convs)
+        out = conv_bn_add_relu(x, *twins, shortcut=x, row_scale=rows, backend=backend)
+        found.append((out, *torch.autograd.grad(out.square().sum(), [convs[2].weight, convs[2].gamma])))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_tf32_is_rounded_and_its_statistics_are_of_the_rounded(monkeypatch):
+    """As torch's convolutions on a GPU take float32: to nearest tf32, never cut off."""
+    x = activation(2, 24, 5, 5, dtype=torch.float32)
+    w = torch.randn(40, 24, 1, 1)
+    exact = torch.nn.functional.conv2d(round_to_tf32(x).double(), round_to_tf32(w).double())
+    with triton_kernels(monkeypatch, tf32=True):
+        z, _ = conv_stats(x, w, POINTWISE, True)
+        mean, cov = covariance(x)
+    assert torch.allclose(z.double(), exact, atol=1e-5)
+    assert not torch.allclose(z.double(), torch.nn.functional.conv2d(x.double(), w.double()), atol=1e-5)
+    rows = round_to_tf32(x).double().permute(0, 2, 3, 1).reshape(-1, 24)
+    assert torch.allclose(mean.double(), rows.mean(0), atol=1e-6)
+    assert torch.allclose(cov.double(), torch.cov(rows.T, correction=0), atol=1e-6)
+    nan = torch.full((1,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # whose rounded bits would be -0
+    with triton_kernels(monkeypatch, tf32=True):
+        z, _ = conv_stats(nan.expand(1, 16, 1, 1).clone(), torch.ones(16, 16, 1, 1), POINTWISE, False)
+    assert z.isnan().all()
+
+
+def test_what_the_set_refuses(monkeypatch):
+    """By name it runs or says every reason; `auto` does not choose it before a GPU has proven it."""
+    x = activation(2, 8, 4, 4, dtype=torch.float32)
+    with pytest.raises(Unsupported, match="do not run on cpu"):
+        bottleneck(x, *random_bottleneck(dtype=torch.float32), backend="triton")
+    assert {r.code for r in dispatch.missing("triton", "cpu", torch.float64)} >= {"dtype", "device"}
+    assert "triton" not in dispatch.kernels("auto", "cuda", torch.bfloat16).chosen.values()
+    with triton_kernels(monkeypatch):
+        nchw = torch.randn(2, 8, 4, 4)
+        with pytest.raises(Unsupported, match="not channels_last"):
+            apply(Norm(nchw, torch.ones(8), torch.zeros(8)), Sum(), Want())
+        with pytest.raises(Unsupported, match="g is not dense"):
+            select(Masked(x[:, :, ::2], None, None, 2.0))
+
+
+def test_rows_begin_beyond_two_to_the_31(monkeypatch):
+    @triton.jit
+    def starts(view, out, first, channels):
+        index = first + tl.arange(0, 16)
+        tl.store(out + tl.arange(0, 16), row_starts(view, index, channels))
+
+    with triton_kernels(monkeypatch):
+        out, index = torch.zeros(16, dtype=torch.int64), 3_000_000 + torch.arange(16)
+        launch(starts, 1, out, None, out, 3_000_000, 4096)
+        assert torch.equal(out, index * 4096)
+        view = View(12, 4, 10**9, 4096, 512)
+        launch(starts, 1, out, view, out, 3_000_000, 4096)
+        assert torch.equal(out, index // 12 * 10**9 + index % 12 // 4 * 4096 + index % 4 * 512)
+
+
+# The tools ---------------------------------------------------------------------------------------------------
+
+
+def test_margins_catch_reads_and_writes(monkeypatch):
+    @triton.jit
+    def shifted(x, out, n, read, wrote):
+        at = tl.arange(0, 16)
+        tl.store(out + at + wrote, tl.load(x + at + read, mask=at < n, other=0.0), mask=at < n)
+
+    x, out = torch.ones(10), torch.empty(10)
+    with triton_kernels(monkeypatch):
+        launch(shifted, 1, x, x, out, 10, 0, 0)
+        assert torch.equal(out, x)
+        launch(shifted, 1, x, x, out, 10, 1, 0)
+        assert out.isnan().any()
+        with pytest.raises(AssertionError, match="shifted wrote outside of a buffer"):
+            launch(shifted, 1, x, x, out, 10, 0, 1)
+
+
+def test_the_interpreter_rounds_as_a_gpu(monkeypatch):
+    @triton.jit
+    def round_and_multiply(x, out, product, PRECISION: tl.constexpr):
+        at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        t = tl.load(x + at)
+        tl.store(out + at, t.to(tl.bfloat16))
+        tl.store(product + at, tl.dot(t, t, input_precision=PRECISION))
+
+    x = torch.randn(16, 16)
+    out, product = torch.empty(16, 16, dtype=torch.bfloat16), torch.empty(16, 16)
+    with triton_kernels(monkeypatch):
+        launch(round_and_multiply, 1, x, x, out, product, PRECISION="tf32")
+        cut = (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+        assert torch.equal(out, x.bfloat16()) and torch.allclose(product, cut @ cut, atol=1e-5)
+        assert not torch.allclose(product, x @ x, atol=1e-5)
+        launch(round_and_multiply, 1, x, x, out, product, PRECISION="ieee")
+        assert torch.allclose(product, x @ x, atol=1e-5)

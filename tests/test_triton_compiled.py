@@ -1,0 +1,83 @@
+"""The launch table compiled for GPUs that are not there: no spills, no serialised products, the instructions meant."""
+
+import pytest
+import torch
+from units import TRITON
+
+pytestmark = pytest.mark.skipif(not TRITON, reason="triton_missing: Triton is not installed")
+
+UNIT = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+KINDS = {
+    "bfloat16": (torch.bfloat16, False), "float16": (torch.float16, False), "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+}  # fmt: skip
+PRODUCTS = ("_conv_stats", "_expand", "_expand_dgrad", "_conv_dgrad", "_outer_product", "_covariance")
+WRITERS = (*PRODUCTS[:4], "_apply", "_written")  # of activations and their gradients
+FEW = ("stage1", "stage3-projection", "small-projection", "ragged")
+FAST = [(arch, "bfloat16") for arch in UNIT] + [(90, kind) for kind in ("float16", "float32", "tf32")]
+
+
+@pytest.mark.parametrize("arch, kind", FAST)
+def test_compiled_steps(arch, kind):
+    check(compiled(arch, kind, FEW), arch, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch, kind", [(arch, kind) for kind in KINDS for arch in UNIT])
+def test_the_whole_table(arch, kind, monkeypatch):
+    from resfuse.kernels.triton import _table
+    from resfuse.testing.triton import steps
+
+    taken, choose = set(), _table.tile
+
+    def noted(*arguments):
+        taken.add(choose(*arguments))
+        return choose(*arguments)
+
+    monkeypatch.setattr(_table, "tile", noted)
+    check(compiled(arch, kind, (*steps.FULL_SIZE, *steps.SMALL)), arch, kind)
+    dtype = KINDS[kind][0]
+    for primitive, rules in _table.TABLE.items():
+        meant = {choose(primitive, dtype, channels, arch) for rule in rules for channels in (rule.up_to or 4096,)}
+        assert meant <= taken, primitive
+
+
+def compiled(arch, kind, names):
+    from resfuse.testing.triton.steps import compile_steps
+
+    dtype, tf32 = KINDS[kind]
+    return compile_steps(arch, dtype, names, tf32).kernels.values()
+
+
+def check(kernels, arch, kind):
+    from resfuse.testing.triton.offline import SHARED_LIMIT
+
+    assert {k.name for k in kernels} >= set(PRODUCTS)
+    for k in kernels:
+        assert k.spills == 0 and k.stack == 0, k
+        assert not k.serialized, k
+        assert k.shared <= SHARED_LIMIT[arch] and k.blocks >= 1, k
+        if k.even and k.name in WRITERS:
+            assert k.instructions.get("st 16"), k
+            assert k.instructions.get("cp.async 16", 0) + k.instructions.get("ld 16", 0), k
+        if k.even and k.name in PRODUCTS and kind != "float32" and (kind, k.name) != ("tf32", "_covariance"):
+            assert k.instructions.get(UNIT[arch]), k
+            assert UNIT[arch] == "mma.sync" or "mma.sync" not in k.instructions, k
+        if k.even and k.name in PRODUCTS and k.stages > 2:
+            assert k.loads_in_flight, k
+
+
+def test_a_spill_would_show():
+    """A tile that is known not to fit in registers."""
+    from dataclasses import replace
+
+    from resfuse.kernels.triton import _table
+
+    before = _table.TABLE["expand"]
+    rule = _table.Rule(_table.Tile(128, 256, 64, 4, 3, "too many sums a thread"))
+    try:
+        _table.TABLE["expand"] = (replace(rule),)
+        found = [k for k in compiled(90, "bfloat16", ("stage1",)) if k.name == "_expand"]
+    finally:
+        _table.TABLE["expand"] = before
+    assert found and all(k.spills > 0 for k in found)
