@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from benchmarks import primitives as primitive_rows
 from resfuse.bench import tables
 from resfuse.bench.implementations import (
     AUTOTUNE,
@@ -31,15 +34,19 @@ from resfuse.bench.implementations import (
 from resfuse.bench.plan import Job, Plan
 from resfuse.bench.results import Results, write_json
 from resfuse.bench.run import run
-from resfuse.testing.cases import PROJECTIONS, STAGES
+from resfuse.testing.cases import PROJECTIONS, STAGES, BottleneckCase
 from resfuse.testing.comparison import MODES
 from resfuse.testing.environment import environment
 from resfuse.testing.timing import interleave, summary
 
 ROOT = Path(__file__).parents[1]
-LIMITS = {"env": 30, "ceilings": 40, "tests": 90, "blocks": 150, "resnet50": 150, "autotune": 560}  # seconds
-DEFAULT = "env,ceilings,tests,blocks,resnet50"
+LIMITS = {  # seconds
+    "env": 30, "ceilings": 40, "tests": 240, "primitives": 150, "blocks": 180, "resnet50": 180, "evaluation": 240,
+    "sanitize": 300, "autotune": 560,
+}  # fmt: skip
+DEFAULT = "env,ceilings,tests,primitives,blocks,resnet50,evaluation"
 BATCH, GATE_BATCH = 256, 8
+PRIMITIVE_ERROR = 0.02  # relative to the eager set, in bfloat16
 GPU_MODES = ("autocast-bfloat16", "autocast-float16")
 COMPILE_SECONDS = {"block": 6.0, "network": 35.0}  # expected on a machine with a GPU
 
@@ -124,10 +131,47 @@ def blocks(options: argparse.Namespace) -> None:
     _measure("blocks", names, [EAGER.name, COMPILE.name], COMPILE_SECONDS["block"], 2.0, options)
 
 
+def primitives(options: argparse.Namespace) -> None:
+    """Each primitive of each kernel set, beside a copy and a matrix product of the same run."""
+    rows, path = [], options.out / "primitives.json"
+    cases = [BottleneckCase("tiny", 32, 8, 32, 8)] if options.smoke else STAGES
+    size, side, batch, seconds = (2**18, 64, 2, 0.05) if options.smoke else (2**30, 8192, BATCH, 0.4)
+    for case in cases:
+        rows += primitive_rows.measure(
+            replace(case, batch=batch), torch.bfloat16, options.device, seconds, size, side
+        )
+        write_json(path, {"environment": environment(options.device), "command": _command(), "rows": rows})
+    wrong = [row for row in rows if not row["error"] <= PRIMITIVE_ERROR]
+    if wrong:
+        sys.exit(f"wrong results: {wrong}")
+
+
+def sanitize(options: argparse.Namespace) -> None:
+    """The Triton kernels' tests at small shapes under compute-sanitizer's memcheck and racecheck."""
+    tool, status = shutil.which("compute-sanitizer"), {}
+    if tool is None:
+        write_json(options.out / "sanitize.json", {"left_out": "sanitizer_missing: compute-sanitizer is not on PATH"})
+        return
+    chosen = [str(ROOT / "tests" / "test_triton.py"), "-m", "gpu", "-k", "small-strided and not float16"]
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", "--target-processes", "all", sys.executable]
+        command += ["-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        status[check] = {"exit_code": done.returncode, "last": done.stdout.strip().splitlines()[-20:]}
+        write_json(options.out / "sanitize.json", status)
+    sys.exit(max(each["exit_code"] for each in status.values()))
+
+
 def resnet50(options: argparse.Namespace) -> None:
     """The whole network on photographs."""
     names = ("small-resnet",) if options.smoke else ("resnet50",)
     _measure("resnet50", names, [EAGER.name, COMPILE.name], COMPILE_SECONDS["network"], 10.0, options)
+
+
+def evaluation(options: argparse.Namespace) -> None:
+    """The whole network in evaluation, at batches from one photograph on."""
+    name, batches = ("small-resnet-eval", (1, 4)) if options.smoke else ("resnet50-eval", (1, 32, BATCH))
+    _measure("evaluation", (name,), [EAGER.name, COMPILE.name], COMPILE_SECONDS["network"], 4.0, options, batches)
 
 
 def autotune(options: argparse.Namespace) -> None:
@@ -138,7 +182,7 @@ def autotune(options: argparse.Namespace) -> None:
 
 def _measure(
     part: str, subjects: Sequence[str], peers: list[str], compile_seconds: float, seconds: float,
-    options: argparse.Namespace,
+    options: argparse.Namespace, batches: Sequence[int] = (),
 ) -> None:
     """Errors, then memory and time, of the peers and of resfuse with each kernel set; part.json grows job by job."""
     batch, gate_batch, seconds = (4, 4, 0.2) if options.smoke else (BATCH, GATE_BATCH, seconds)
@@ -150,7 +194,10 @@ def _measure(
         sets = {each.name: each for each in kernel_sets(options.device, MODES[mode].compute)}
         implementations.update(sets)
         names = (*peers, RESFUSE.name, *sets)
-        jobs += [Job(subject, mode, batch, batch, names, seconds, compile_seconds, gate_batch) for subject in subjects]
+        jobs += [
+            Job(subject, mode, size, size, names, seconds, compile_seconds, min(size, gate_batch))
+            for subject in subjects for size in batches or (batch,)
+        ]  # fmt: skip
     path = options.out / f"{part}.json"
 
     def written(results: Results) -> None:
@@ -158,12 +205,16 @@ def _measure(
 
     plan = Plan(0.9 * LIMITS[part], tuple(jobs), fit_batches=False)
     results = run(
-        plan, shlex.join(["python", *sys.argv]), options.device, kind=part, implementations=implementations,
+        plan, _command(), options.device, kind=part, implementations=implementations,
         compile_apart=False, progress=_line(), after_job=written,
     )
     results.write(path)
     if not results.gate_passed:
         sys.exit("the correctness gate is red: no speed was measured")
+
+
+def _command() -> str:
+    return shlex.join(["python", *sys.argv])
 
 
 def _line() -> Callable[[str, float], None]:
@@ -181,10 +232,13 @@ def _line() -> Callable[[str, float], None]:
 
 def _show(out: Path, status: dict[str, str]) -> None:
     console = Console(width=150)
-    for part in ("blocks", "resnet50", "autotune"):
+    for part in ("blocks", "resnet50", "evaluation", "autotune"):
         path = out / f"{part}.json"
         if part in status and path.exists():
             tables.show(json.loads(path.read_text()), console)
+    path = out / "primitives.json"
+    if "primitives" in status and path.exists():
+        primitive_rows.show(json.loads(path.read_text())["rows"], console)
     path = out / "ceilings.json"
     if "ceilings" in status and path.exists():
         found = json.loads(path.read_text())
@@ -194,7 +248,9 @@ def _show(out: Path, status: dict[str, str]) -> None:
         console.print(f"{part}: {state}", highlight=False)
 
 
-PARTS = {"env": env, "ceilings": ceilings, "tests": tests, "blocks": blocks, "resnet50": resnet50, "autotune": autotune}
+PARTS = {
+    each.__name__: each for each in (env, ceilings, tests, primitives, blocks, resnet50, evaluation, sanitize, autotune)
+}
 
 if __name__ == "__main__":
     sys.exit(main())

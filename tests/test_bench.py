@@ -165,16 +165,19 @@ def gpu_command(*arguments):
 
 def test_the_gpu_command_runs_its_parts(tmp_path):
     """At tiny sizes on a CPU: every line of it, but for what only a GPU can say."""
-    parts = "env,ceilings,tests,blocks,resnet50"
+    parts = "env,ceilings,tests,primitives,blocks,resnet50,evaluation"
     done = gpu_command("--out", str(tmp_path), "--device", "cpu", "--smoke", "--parts", parts)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(json.loads((tmp_path / "status.json").read_text()).values()) == {"ok"}
-    for part in ("blocks", "resnet50"):
+    for part in ("blocks", "resnet50", "evaluation"):
         results = json.loads((tmp_path / f"{part}.json").read_text())
         assert results["gate"]["passed"] is True and results["kind"] == part
         assert {row["mode"] for row in results["times"]} == {"autocast-bfloat16", "autocast-float16"}
-        assert all(row["peak_bytes"] for row in results["memory"])
+        assert all(row["peak_bytes"] for row in results["memory"])  # evaluation has no such rows
     assert json.loads((tmp_path / "ceilings.json").read_text())["copy"]["tb_s"] > 0
+    rows = json.loads((tmp_path / "primitives.json").read_text())["rows"]
+    assert {row["set"] for row in rows} == {"eager", "auto"} and all(row["error"] < 0.02 for row in rows)
+    assert all(row["copy_share"] > 0 for row in rows if row["bytes"])
     assert "blocks: ok" in done.stdout
 
 

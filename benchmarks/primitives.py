@@ -1,0 +1,157 @@
+"""Each primitive of the kernel sets at the shapes of a bottleneck: its time, and what share of the device's ceilings,
+measured in the same run, its bytes and operations come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from resfuse.kernels import dispatch
+from resfuse.kernels.interface import Affine, BNGrad, Geometry, Masked, Norm, Stats, Sum, Want
+from resfuse.testing.cases import BottleneckCase
+from resfuse.testing.timing import interleave, summary
+from resfuse.testing.tolerances import relative_error
+
+POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
+
+
+class Work(NamedTuple):
+    """call(kernels); bytes of its operands and results, each once; multiplications and additions of its products."""
+
+    call: Callable[[SimpleNamespace], object]
+    bytes: int
+    operations: int
+
+
+def sets(device: torch.device, dtype: torch.dtype) -> dict[str, SimpleNamespace]:
+    """The kernel sets that run every primitive there; on a CPU the automatic choice beside the oracle."""
+    names = [name for name in dispatch.ORDER if not dispatch.missing(name, device.type, dtype)]
+    names += ["auto"] if device.type == "cpu" else []
+    return {name: dispatch.kernels(name, device.type, dtype) for name in names}
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, size: int, side: int) -> dict[str, Callable[[], object]]:
+    """A copy of `size` bytes and a square product."""
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
+
+
+def works(case: BottleneckCase, dtype: torch.dtype, device: torch.device) -> dict[str, Work]:
+    """The primitives of one identity bottleneck's training step."""
+    generator = torch.Generator(device).manual_seed(0)
+    n, wide, h, w = case.input_shape
+    narrow, count = case.width, case.rows
+
+    def image(channels: int) -> Tensor:
+        t = torch.randn(n, h, w, channels, generator=generator, device=device)
+        return t.to(dtype).permute(0, 3, 1, 2)
+
+    def vector(channels: int) -> Tensor:
+        return torch.rand(channels, generator=generator, device=device) + 0.5
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return (torch.randn(rows, columns, generator=generator, device=device) / columns**0.5).to(dtype)
+
+    x, z1, z2, dout, dy = image(wide), image(narrow), image(narrow), image(wide), image(narrow)
+    w1, w3, wg = matrix(narrow, wide), matrix(wide, narrow), matrix(wide, narrow)
+    mean, var, scale, shift = (vector(narrow) for _ in range(4))
+    mask = torch.randint(0, 256, (count, wide // 8), generator=generator, device=device, dtype=torch.uint8)
+    y1, y2, g = Norm(z1, scale, shift), Norm(z2, scale, shift), Masked(dout, mask)
+    dz1 = BNGrad(dy, z1, mean, scale, mean / 100, var / 100, shift)
+    affine = Affine(vector(wide), vector(wide), vector(wide))
+    cov = torch.eye(narrow, device=device) + 0.1
+    products, sums = torch.randn(wide, narrow, generator=generator, device=device), vector(wide)
+    q, one, c = matrix(narrow, narrow), torch.ones((), device=device), vector(narrow)
+    one_wide, filters = count * wide * narrow * 2, w1[:, :, None, None]
+    big, small, bits = x.nbytes, z1.nbytes, mask.nbytes
+    return {
+        "conv_stats": Work(lambda k: k.conv_stats(x, filters, POINTWISE, True), big + small, one_wide),
+        "bn_stats": Work(lambda k: k.bn_stats(z2), small, 0),
+        "covariance": Work(lambda k: k.covariance(y2), small, 2 * count * narrow**2),
+        "expand": Work(
+            lambda k: k.expand(y2, w3, affine.scale, affine.shift, Sum(x), Want(mask=True)),
+            2 * big + small + bits, one_wide,
+        ),
+        "apply": Work(lambda k: k.apply(y1, Sum(), Want()).out, 2 * small, 0),
+        "expand_products": Work(
+            lambda k: k.expand_products(g, y2, mean, None)[:2], big + bits + small, one_wide
+        ),
+        "expand_dgrad": Work(
+            lambda k: k.expand_dgrad(g, None, y2, wg, q, one, c, True),
+            big + bits + 2 * small, one_wide + 2 * count * narrow**2,
+        ),
+        "bn_reduce": Work(lambda k: k.bn_reduce(dy, z2, mean, var), 2 * small, 0),
+        "bn_dgrad": Work(lambda k: k.bn_dgrad(dz1), 3 * small, 0),
+        "conv_backward, input": Work(
+            lambda k: k.conv_backward(dz1, x, filters, POINTWISE, g, (True, False))[0],
+            2 * big + bits + 2 * small, one_wide,
+        ),
+        "conv_backward, weight": Work(
+            lambda k: k.conv_backward(dz1, x, filters, POINTWISE, None, (False, True))[1], big + 2 * small, one_wide
+        ),
+        "finalize": Work(lambda k: k.finalize(Stats(mean, var), scale, shift, 1e-5), 0, 0),
+        "expand_stats": Work(lambda k: k.expand_stats(w3, mean, cov), 0, 2 * wide * narrow**2),
+        "expand_coefficients": Work(
+            lambda k: k.expand_coefficients(products, sums, w3, wg, mean, cov, affine, count), 0,
+            4 * wide * narrow**2,
+        ),
+    }  # fmt: skip
+
+
+def measure(
+    case: BottleneckCase, dtype: torch.dtype, device: torch.device, seconds: float, size: int, side: int
+) -> list[dict]:
+    """A row for each primitive and set: error against the eager set, time, rates, shares of the ceilings."""
+    kernels, rows = sets(device, dtype), []
+    rounds = {"budget": seconds, "maximum": 50, "warmup": 3, "device": device}
+    limits = {name: summary(each).median for name, each in
+              interleave(ceilings(device, dtype, size, side), **rounds).items()}
+    copy, matmul = 2 * size / limits["copy"], 2 * side**3 / limits["matmul"]
+    for name, work in works(case, dtype, device).items():
+        exact = list(_tensors(work.call(kernels["eager"])))
+        errors = {}
+        for chosen, k in kernels.items():
+            found = zip(_tensors(work.call(k)), exact, strict=True)
+            errors[chosen] = max(relative_error(ours, theirs) for ours, theirs in found)
+        times = interleave({chosen: lambda k=k: work.call(k) for chosen, k in kernels.items()}, **rounds)  # noqa: B023
+        for chosen, each in times.items():
+            median, low, high, count = summary(each)
+            row = {
+                "case": case.name, "dtype": str(dtype).removeprefix("torch."), "batch": case.batch,
+                "primitive": name, "set": chosen, "error": errors[chosen], "median": median, "low": low,
+                "high": high, "rounds": count, "bytes": work.bytes, "operations": work.operations,
+            }  # fmt: skip
+            if work.bytes:
+                row |= {"copy_share": work.bytes / median / copy}
+            if work.operations:
+                row |= {"matmul_share": work.operations / median / matmul}
+            rows.append(row)
+    return rows
+
+
+def _tensors(result) -> list[Tensor]:
+    """The results that every set gives: u and prepared recipes are a set's own choice."""
+    if isinstance(result, Tensor):
+        return [result] if result.is_floating_point() else []
+    return [t for part in result or () for t in _tensors(part)]
+
+
+def show(rows: list[dict], console: Console) -> None:
+    table = Table(title="Primitives, and what share of a copy's and a matrix product's rate they reach",
+                  title_justify="left")
+    for column in ("case", "primitive", "set", "us", "error", "copy", "matmul"):
+        table.add_column(column, justify="left" if column in ("case", "primitive", "set") else "right")
+    for row in rows:
+        shares = (f"{row[key]:.0%}" if key in row else "-" for key in ("copy_share", "matmul_share"))
+        table.add_row(
+            row["case"], row["primitive"], row["set"], f"{1e6 * row['median']:.1f}", f"{row['error']:.1e}", *shares
+        )
+    console.print(table)
