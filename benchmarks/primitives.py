@@ -85,7 +85,7 @@ def works(case: BottleneckCase, dtype: torch.dtype, device: torch.device) -> dic
             lambda k: k.expand_products(g, y2, mean, None)[:2], big + bits + small, one_wide
         ),
         "expand_dgrad": Work(
-            lambda k: k.expand_dgrad(g, None, y2, wg, q, one, c, True),
+            lambda k: k.expand_dgrad(g, None, y2, wg, q, one, c, True, mean),
             big + bits + 2 * small, one_wide + 2 * count * narrow**2,
         ),
         "bn_reduce": Work(lambda k: k.bn_reduce(dy, z2, mean, var), 2 * small, 0),

@@ -75,7 +75,7 @@ def everything(k, n, c, h, w, outputs, dtype, seed=0):
         found[name] = k.expand(a, weight, scale, shift, Sum(residual, relu=False), Want()).out
     masked = Masked(dout, mask)
     found["P"], found["sum"], _ = k.expand_products(masked, a, mean, k.scale_weight(weight, scale))
-    found["da"] = k.expand_dgrad(masked, None, a, weight, None, None, None, False)
+    found["da"] = k.expand_dgrad(masked, None, a, weight, None, None, None, False, None)
     invstd = as_wide(matrix(c).abs() + 0.1)
     dz, found["dgamma"], found["dbeta"] = k.bn_backward(dy, None, z, BNContext(mean, invstd, None, True))
     found["dx"], found["dweight"] = k.conv_backward(dz, x, narrow[:, :, None, None], POINT, masked, (True, True))

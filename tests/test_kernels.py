@@ -21,6 +21,7 @@ from resfuse.kernels.interface import (
     Stats,
     Strided,
     Sum,
+    Summed,
     Unsupported,
     Want,
     Window,
@@ -465,10 +466,17 @@ def test_backward_of_the_expansion(centred, shape, dtype):
         close(q_scale.double() / largest * q.double(), full / largest, dtype)
         close(c, g.sum(0) / count @ wg.double() - mean.double() @ q.double() * q_scale, exact)
         da = da - y @ q.double() * q_scale - c.double()
-    for relu in (True, False):
+    below = vector(shape[1], dtype, 8)
+    for relu, given in ((True, u), (False, u), (True, None), (False, None)):
         expected_da = da * (y > 0) if relu else da
-        close(matrix(primitive("expand_dgrad")(g_recipe, u, recipe, wg, q, q_scale, c, relu)), expected_da, dtype)
-        close(matrix(primitive("expand_dgrad")(g_recipe, None, recipe, wg, q, q_scale, c, relu)), expected_da, dtype)
+        operands = g_recipe, given, recipe, wg, q, q_scale, c, relu
+        close(matrix(primitive("expand_dgrad")(*operands, None)), expected_da, dtype)
+        found = primitive("expand_dgrad")(*operands, below)
+        if isinstance(found, Summed):
+            found, sums = found
+            stored, centred = matrix(found), matrix(recipe.z) - below.double()
+            close(sums.sum(0), torch.stack([stored.sum(0), (stored * centred).sum(0)]), exact)
+        close(matrix(found), expected_da, dtype)
 
 
 @pytest.mark.parametrize("batch", [True, False], ids=["batch", "constant"])
@@ -483,6 +491,11 @@ def test_bn_backward(batch, relu, dtype):
     context = BNContext(stats.mean, invstd, gamma, batch)
     dz, dgamma, dbeta = primitive("bn_backward")(dy, recipe if relu else None, z, context)
 
+    if not relu:
+        parts = torch.stack([matrix(dy), matrix(dy) * (matrix(z) - stats.mean.double())], 1).view(2, -1, 2, 10).sum(1)
+        summed = primitive("bn_backward")(Summed(dy, parts.to(invstd.dtype)), None, z, context)
+        close(summed[1], dgamma.double(), dtype)
+        close(summed[2], dbeta.double(), dtype)
     g = matrix(dy) * (y > 0) if relu else matrix(dy)
     zhat = (matrix(z) - stats.mean.double()) * invstd.double()
     exact = torch.float64 if dtype == torch.float64 else torch.float32

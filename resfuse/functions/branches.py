@@ -172,7 +172,7 @@ def shortcut_backward(
     sampled = unit.form != COVARIANCE and stride != (1, 1) and units.is_pointwise(unit, t)
     if sampled:
         a, unit = units.sampled(a, stride), unit._replace(geometry=unit.geometry._replace(stride=(1, 1)))
-    da, found = units.backward(k, unit, t, kept, g, a, z, None, False, None, needs_source, needs)
+    da, found = units.backward(k, unit, t, kept, g, a, z, None, None, None, needs_source, needs)
     if sampled and da is not None:
         da = Strided(da, stride)
     if da is not None and shortcut.window is not None:

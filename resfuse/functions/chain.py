@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.interface import Act, Addend, Grad, Masked, Norm, Second, Stats, Strided
+from ..kernels.interface import Act, Addend, Grad, Masked, Norm, Second, Stats, Strided, Summed
 from . import unit as units
 from .unit import COVARIANCE, KEEP, NONE, Gradients, Kept, Tensors, Unit
 
@@ -58,14 +58,14 @@ def wanted_below(needs_first: bool, needs: Sequence[Tensors]) -> list[bool]:
 def backward_last(
     k, chain: Sequence[Unit], tensors: Sequence[Tensors], kept: Sequence[Kept], zs: Sequence[Tensor], first: Act,
     g: Grad, y: Act | None, add: Addend, lower: Sequence[bool], needs: Sequence[Tensors],
-) -> tuple[Tensor | None, Act, Gradients]:
+) -> tuple[Tensor | Summed | None, Act, Gradients]:
     """(gradient of the last unit's input, that input, gradients of its parameters). g: of its output; y: that output,
     activated, where g is still to be masked by it, else None; add: as in `backward_inner`, for a chain of one."""
     last = len(chain) - 1
     a, z = activation(k, last, first, zs, kept), zs[last] if chain[last].form == KEEP else None
     da, found = units.backward(
-        k, chain[last], tensors[last], kept[last], g, a, z, y, last > 0, add if last == 0 else None, lower[last],
-        needs[last],
+        k, chain[last], tensors[last], kept[last], g, a, z, y, kept[last - 1] if last > 0 else None,
+        add if last == 0 else None, lower[last], needs[last],
     )
     if chain[last].form == COVARIANCE and last == 0 and lower[0]:
         da = gathered(k, a.z if isinstance(a, Norm) else a, da, add)

@@ -28,6 +28,7 @@ from ..kernels.interface import (
     Second,
     Stats,
     Strided,
+    Summed,
     wide,
 )
 
@@ -148,17 +149,18 @@ def raw(kernels, unit: Unit, t: Tensors, a: Act) -> Tensor:
 
 
 def backward(
-    kernels, unit: Unit, t: Tensors, kept: Kept, g: Grad, a: Act, z: Tensor | None, y: Act | None, relu: bool,
+    kernels, unit: Unit, t: Tensors, kept: Kept, g: Grad, a: Act, z: Tensor | None, y: Act | None, below: Kept | None,
     add: Addend, needs_input: bool, needs: Tensors,
-) -> tuple[Tensor | Strided | None, Gradients]:
+) -> tuple[Tensor | Summed | Strided | None, Gradients]:
     """The gradient of the unit's input and of its parameters, in any form.
 
-    z: its kept output (form `keep`); y: its activated output where g still is to be masked by that, else None; relu:
-    the input's own ReLU masks the gradient where that is free, in covariance form. add: another path's gradient of the
-    same input, which is left to the caller in covariance form.
+    z: its kept output (form `keep`); y: its activated output where g still is to be masked by that, else None; below:
+    what the BatchNorm and ReLU that made the input kept, if there were any: in covariance form, where that is free, the
+    ReLU masks the gradient. add: another path's gradient of the same input, which is left to the caller in covariance
+    form.
     """
     if unit.form == COVARIANCE:
-        return backward_covariance(kernels, unit, t, kept, g, a, relu, needs_input, needs)
+        return backward_covariance(kernels, unit, t, kept, g, a, below, needs_input, needs)
     if unit.form == LINEAR:
         dz = kernels.prepare(g)
         dweight, dbias = None, None
@@ -185,16 +187,16 @@ def backward_conv(
 
 
 def backward_norm(
-    kernels, unit: Unit, t: Tensors, kept: Kept, dy: Grad, z: Tensor, y: Act | None
+    kernels, unit: Unit, t: Tensors, kept: Kept, dy: Grad | Summed, z: Tensor, y: Act | None
 ) -> tuple[Grad, Tensor, Tensor]:
     """(dz, dgamma, dbeta) from the gradient below the unit's BatchNorm, or below the ReLU that made y."""
     return kernels.bn_backward(dy, y, z, BNContext(kept.mean, kept.invstd, t.gamma, unit.batch))
 
 
 def backward_covariance(
-    kernels, unit: Unit, t: Tensors, kept: Kept, g: Grad, a: Act, relu: bool, needs_input: bool, needs: Tensors
-) -> tuple[Tensor | Strided | None, Gradients]:
-    """The gradient of the unit's input (masked by its ReLU if `relu`) and of its parameters, z never made.
+    kernels, unit: Unit, t: Tensors, kept: Kept, g: Grad, a: Act, below: Kept | None, needs_input: bool, needs: Tensors
+) -> tuple[Tensor | Summed | Strided | None, Gradients]:
+    """The gradient of the unit's input (masked by its ReLU, if it has one) and of its parameters, z never made.
 
     a: the input activation, all of it; with a stride the gradient comes as `Strided`. needs: a flag per parameter.
     """
@@ -216,7 +218,10 @@ def backward_covariance(
     elif any(needs):
         dgamma = affine.invstd * ((products * weight).sum(1) - dbeta * kept.mean)
         found = gradients(unit, t, kept, affine.scale[:, None] * products, dgamma, dbeta)
-    da = kernels.expand_dgrad(g, u, a, wg, q, q_scale, c, relu) if needs_input else None
+    da = None
+    if needs_input:
+        mean = None if below is None or stride != (1, 1) else below.mean
+        da = kernels.expand_dgrad(g, u, a, wg, q, q_scale, c, below is not None, mean)
     if da is not None and stride != (1, 1):
         da = Strided(da, stride)
     return da, found

@@ -102,6 +102,14 @@ class BNGrad(NamedTuple):
     shift: Tensor | None = None
 
 
+class Summed(NamedTuple):
+    """A gradient dy [N, C, H, W] below the ReLU of relu(bn(z)), with BatchNorm's sums of parts of its rows: sum(dy) and
+    sum(dy * (z - mean)), wide [parts, 2, C], to be added in order."""
+
+    dy: Tensor
+    sums: Tensor
+
+
 class Strided(NamedTuple):
     """A gradient known only at every stride-th pixel of its tensor (height, width); zero elsewhere."""
 
@@ -303,11 +311,12 @@ class KernelSet(Protocol):
 
     def expand_dgrad(
         self, g: Grad, u: Tensor | None, a: Act, wg: Tensor,
-        q: Tensor | None, q_scale: Tensor | None, c: Tensor | None, relu: bool,
-    ) -> Tensor:
+        q: Tensor | None, q_scale: Tensor | None, c: Tensor | None, relu: bool, mean: Tensor | None,
+    ) -> Tensor | Summed:
         """da = g @ Wg - q_scale * (a @ q) - c [N, C, H, W], rounded once; masked by a's ReLU where `relu`.
 
-        u, if given, stands for g @ Wg. q, q_scale and c are None for constant statistics.
+        u, if given, stands for g @ Wg. q, q_scale and c are None for constant statistics. mean: that of the BatchNorm
+        under a's ReLU, whose sums are wanted next; a set that has them in the same pass gives da as `Summed`.
         """
 
     def bn_reduce(self, dy: Tensor | Masked, z: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -316,7 +325,9 @@ class KernelSet(Protocol):
     def bn_dgrad(self, grad: BNGrad) -> Tensor:
         """The recipe's tensor, rounded once."""
 
-    def bn_backward(self, dy: Grad, a: Act | None, z: Tensor, context: BNContext) -> tuple[Grad, Tensor, Tensor]:
+    def bn_backward(
+        self, dy: Grad | Summed, a: Act | None, z: Tensor, context: BNContext
+    ) -> tuple[Grad, Tensor, Tensor]:
         """(dz, dgamma, dbeta) of BatchNorm, after the ReLU that made `a` if a is given.
 
         a: this BatchNorm's own activation, Norm(z, scale, shift) with its scale and shift, or that as a tensor.

@@ -3,14 +3,15 @@
 from torch import Tensor
 
 from ... import _native
-from ..interface import Act, BNContext, BNGrad, Grad, Norm, Reason, Unsupported
+from ..interface import Act, BNContext, BNGrad, Grad, Norm, Reason, Summed, Unsupported
 from . import _operands
 
 
-def bn_backward(dy: Grad, a: Act | None, z: Tensor, context: BNContext) -> tuple[BNGrad, Tensor, Tensor]:
+def bn_backward(dy: Grad | Summed, a: Act | None, z: Tensor, context: BNContext) -> tuple[BNGrad, Tensor, Tensor]:
     if a is not None and not (isinstance(a, Norm) and a.relu and a.z.data_ptr() == z.data_ptr()):
         raise Unsupported([Reason("activation_given", "the ReLU's mask is made from z's own recipe")])
     _operands.check_rows(z=z)
+    dy = dy.dy if isinstance(dy, Summed) else dy
     mean, invstd, gamma, batch = context
     # A given activation's own scale and shift: its mask is then made to the bit as it was.
     scale, shift = (None, None) if a is None else (a.scale, a.shift)

@@ -9,7 +9,7 @@ from . import _operands
 
 def expand_dgrad(
     g: Grad, u: Tensor | None, a: Act, wg: Tensor,
-    q: Tensor | None, q_scale: Tensor | None, c: Tensor | None, relu: bool,
+    q: Tensor | None, q_scale: Tensor | None, c: Tensor | None, relu: bool, mean: Tensor | None,
 ) -> Tensor:
     _operands.check_rows(u=u)
     operands = *_operands.masked(g), u, *_operands.act(a), wg

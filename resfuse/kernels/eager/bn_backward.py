@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..interface import Act, BNContext, Grad
+from ..interface import Act, BNContext, Grad, Summed
 from .bn_dgrad import affine
 from .bn_reduce import bn_reduce, native_backward
 from .prepare import prepare
 
 
-def bn_backward(dy: Grad, a: Act | None, z: Tensor, context: BNContext) -> tuple[Tensor, Tensor, Tensor]:
-    dy = prepare(dy)
+def bn_backward(dy: Grad | Summed, a: Act | None, z: Tensor, context: BNContext) -> tuple[Tensor, Tensor, Tensor]:
+    dy = prepare(dy.dy if isinstance(dy, Summed) else dy)
     if a is not None:
         dy = torch.ops.aten.threshold_backward(dy, prepare(a), 0)
         del a

@@ -13,7 +13,7 @@ from .prepare import prepare
 
 def expand_dgrad(
     g: Grad, u: Tensor | None, a: Act, wg: Tensor,
-    q: Tensor | None, q_scale: Tensor | None, c: Tensor | None, relu: bool,
+    q: Tensor | None, q_scale: Tensor | None, c: Tensor | None, relu: bool, mean: Tensor | None,
 ) -> Tensor:
     y = dense(prepare(a))
     da = empty_image(y, y.shape[1])

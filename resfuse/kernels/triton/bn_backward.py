@@ -1,19 +1,21 @@
-"""bn_backward: the two sums in one pass; dz stays a recipe that its reader computes in registers."""
+"""bn_backward: the two sums in one pass, if dy came without them; dz stays a recipe that its reader computes."""
 
 from torch import Tensor
 
-from ..interface import Act, BNContext, BNGrad, Grad, Norm, Reason, Unsupported
+from ..interface import Act, BNContext, BNGrad, Grad, Norm, Reason, Summed, Unsupported
 from . import _operands
-from .bn_reduce import bn_vectors
+from .bn_reduce import bn_vectors, partial_sums
 
 
-def bn_backward(dy: Grad, a: Act | None, z: Tensor, context: BNContext) -> tuple[BNGrad, Tensor, Tensor]:
+def bn_backward(dy: Grad | Summed, a: Act | None, z: Tensor, context: BNContext) -> tuple[BNGrad, Tensor, Tensor]:
     if a is not None and not (isinstance(a, Norm) and a.relu and a.z.is_set_to(z)):
         raise Unsupported([Reason("activation_given", "the ReLU's mask is made from z's own recipe")])
-    below = _operands.grad(dy)
-    if a is not None:
-        below = below._replace(z=z, scale=a.scale, shift=a.shift)
-    dbeta, dgamma, mean_dy, slope, scale = bn_vectors(below, z, context)
+    if isinstance(dy, Summed):
+        dy, sums = dy
+    else:
+        below = _operands.grad(dy)
+        sums = partial_sums(below if a is None else below._replace(z=z, scale=a.scale, shift=a.shift), z, context.mean)
+    dbeta, dgamma, mean_dy, slope, scale = bn_vectors(sums, _operands.rows(z), context)
     if not context.batch:
         mean_dy = slope = None
     # A given activation's own scale and shift: its mask is then made to the bit as it was.

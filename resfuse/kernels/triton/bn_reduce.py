@@ -57,10 +57,9 @@ def _bn_vectors(partial, invstd, gamma, vectors, shares, M, C, BLOCK_S: tl.const
     tl.store(vectors + 4 * C + cols, scale, mask=inside)
 
 
-def bn_vectors(g: _operands.GradArgs, z: Tensor, context: BNContext) -> Tensor:
-    """[5, C]: dbeta, dgamma, mean_dy, slope, scale."""
+def partial_sums(g: _operands.GradArgs, z: Tensor, mean: Tensor) -> Tensor:
+    """[shares, 2, C]: sum(dy) and sum(dy * (z - mean)) of each share of the rows."""
     _operands.check_rows(z=z)
-    mean, invstd, gamma, _ = context
     count, channels = _operands.rows(z), z.shape[1]
     tile = _table.tile("elements", z.dtype, channels, arch(z))
     columns = -(-channels // tile.channels)
@@ -70,15 +69,23 @@ def bn_vectors(g: _operands.GradArgs, z: Tensor, context: BNContext) -> Tensor:
         _bn_reduce, shares * columns, z, g, z, mean, partial, count, channels, -(-count // tile.rows), each,
         EVEN_C=channels % tile.channels == 0, BLOCK_M=tile.rows, BLOCK_C=tile.channels, **tile.options,
     )
-    vectors = torch.empty((5, channels), dtype=torch.float32, device=z.device)
+    return partial
+
+
+def bn_vectors(partial: Tensor, count: int, context: BNContext) -> Tensor:
+    """[5, C]: dbeta, dgamma, mean_dy, slope, scale, from the sums of shares of `count` rows."""
+    _, invstd, gamma, _ = context
+    shares, _, channels = partial.shape
+    vectors = torch.empty((5, channels), dtype=torch.float32, device=partial.device)
     block = 16
     launch(
-        _bn_vectors, -(-channels // block), z, partial, invstd, gamma, vectors, shares, count, channels,
+        _bn_vectors, -(-channels // block), partial, partial, invstd, gamma, vectors, shares, count, channels,
         BLOCK_S=BLOCK_S, BLOCK_C=block, num_warps=4,
     )
     return vectors
 
 
 def bn_reduce(dy: Tensor | Masked, z: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:
-    dbeta, dgamma, *_ = bn_vectors(_operands.grad(dy), z, BNContext(mean, invstd, None, True))
+    sums = partial_sums(_operands.grad(dy), z, mean)
+    dbeta, dgamma, *_ = bn_vectors(sums, _operands.rows(z), BNContext(mean, invstd, None, True))
     return dbeta, dgamma
