@@ -312,9 +312,13 @@ def test_expand_and_apply(kind, shape, dtype):
     residual, value = residuals(out_shape, dtype)[kind]
     recipe, y = norm_of(shape, dtype)
     w, scale, shift = weight(channels, shape[1], dtype), vector(channels, dtype, 4), vector(channels, dtype, 5)
-    out, mask, _ = primitive("expand")(recipe, w, scale, shift, Sum(residual), Want(mask=True))
+    out, mask, stats = primitive("expand")(recipe, w, scale, shift, Sum(residual), Want(mask=True, stats=True))
     close(matrix(out), (y @ w.double().T * scale.double() + shift.double() + value).relu(), dtype)
     check_mask(out, mask)
+    if stats is not None:  # of what was stored
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        close(stats.mean, matrix(out).mean(0), exact)
+        close(stats.var, matrix(out).var(0, correction=0), exact)
     assert primitive("expand")(recipe, w, scale, shift, Sum(residual), Want()).mask is None
 
     main, _ = norm_of(out_shape, dtype)

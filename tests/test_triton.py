@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="triton_missing: Triton is not ins
 tl = triton.language
 
 from resfuse.kernels.triton._launch import launch  # noqa: E402
+from resfuse.kernels.triton._moments import fewer_shares, merge_moments  # noqa: E402
 from resfuse.kernels.triton._operands import View  # noqa: E402
 from resfuse.kernels.triton._tiles import row_starts  # noqa: E402
 from resfuse.kernels.triton.apply import apply  # noqa: E402
@@ -157,6 +158,21 @@ def test_rows_begin_beyond_two_to_the_31(monkeypatch):
         view = View(12, 4, 10**9, 4096, 512)
         launch(starts, 1, out, view, out, 3_000_000, 4096)
         assert torch.equal(out, index // 12 * 10**9 + index % 12 // 4 * 4096 + index % 4 * 512)
+
+
+def test_merging_many_shares(monkeypatch):
+    """More than interpreted kernels have rows for: sums, and moments whose last share has fewer rows."""
+    shares, each, rest, channels = 300, 5, 3, 24
+    rows = torch.randn(shares, each, channels) + 20
+    kept = torch.cat([rows[:-1].reshape(-1, channels), rows[-1, :rest]]).double()
+    parts = [*rows[:-1], rows[-1, :rest]]
+    moments = torch.stack([torch.stack([p.mean(0), ((p - p.mean(0)) ** 2).sum(0)]) for p in parts])
+    with triton_kernels(monkeypatch):
+        fewer = fewer_shares(moments)
+        stats = merge_moments(moments, each, len(kept))
+    assert len(fewer) < 10 and torch.allclose(fewer.sum(0), moments.sum(0), rtol=1e-5)
+    assert torch.allclose(stats.mean.double(), kept.mean(0), rtol=1e-6)
+    assert torch.allclose(stats.var.double(), kept.var(0, correction=0), rtol=1e-5)
 
 
 # The tools ---------------------------------------------------------------------------------------------------

@@ -72,3 +72,27 @@ def sum_shares(at, shares, stride, elements, E, BLOCK_S: tl.constexpr, BLOCK_E: 
         held = (share < shares)[:, None] & (elements < E)[None, :]
         total += tl.load(at + share.to(tl.int64)[:, None] * stride + elements[None, :], mask=held, other=0.0)
     return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["shares"])
+def _fewer_shares(partial, fewer, shares, E, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
+    # partial [shares, E], fewer [ceil(shares / BLOCK_S), E] float32
+    columns = tl.cdiv(E, BLOCK_E)
+    first = tl.program_id(0) // columns * BLOCK_S
+    element = tl.program_id(0) % columns * BLOCK_E + tl.arange(0, BLOCK_E)
+    own = tl.minimum(shares - first, BLOCK_S)
+    total = sum_shares(partial + first.to(tl.int64) * E, own, E, element, E, BLOCK_S, BLOCK_E)
+    tl.store(fewer + tl.program_id(0) // columns * E + element, total, mask=element < E)
+
+
+def fewer_shares(partial: Tensor) -> Tensor:
+    """Sums [shares, ...] added up to few shares, by many programs: the one that adds those would take long for all."""
+    if len(partial) <= 4 * BLOCK_S:
+        return partial
+    fewer = partial.new_empty((-(-len(partial) // BLOCK_S), *partial.shape[1:]))
+    each, block = partial[0].numel(), 32
+    launch(
+        _fewer_shares, len(fewer) * -(-each // block), partial, partial, fewer, len(partial), each, BLOCK_S=BLOCK_S,
+        BLOCK_E=block, num_warps=4,
+    )
+    return fewer

@@ -24,7 +24,7 @@ def write_sum(
     RELU: tl.constexpr, RESIDUAL_RELU: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store act(factor * (gate * row_scale * y + (1 - gate) * residual)) and its mask; y and residual (or None) are
-    float32 [rows, cols]."""
+    float32 [rows, cols]. Returns what was stored."""
     cols = first + tl.arange(0, BLOCK_N)
     starts = index.to(tl.int64) * channels
     if s.row_scale is not None:
@@ -53,3 +53,4 @@ def write_sum(
         if not EVEN:
             keep = keep & (cols < channels)[None, :]
         store_bits(keep, mask, index, first, inside, channels, BLOCK_M, BLOCK_N)
+    return t

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..interface import Act, Grad, Summed
 from . import _operands, _table
 from ._launch import arch, launch
+from ._moments import fewer_shares
 from ._tiles import activate, add_grad_product, as_read, load_act, load_tile, load_vector, load_weight, row_starts
 
 
-@triton.jit(do_not_specialize=["M", "blocks", "each"])
+@triton.jit(do_not_specialize=["M"])
 def _expand_dgrad(
     g,  # GradArgs [M, K], or nothing where u is given
     u,  # [M, C] float32 or storage, or None
@@ -25,55 +26,46 @@ def _expand_dgrad(
     q, q_scale, c,  # [C, C] storage, one float32, [C] float32; or None
     mean,  # [C] float32, or None
     da,  # [M, C] storage
-    partial,  # [shares, 2, C] float32: sum(da), sum(da * (x - mean)); or None
-    M, K, C, blocks, each,
+    partial,  # [blocks of rows, 2, C] float32: sum(da), sum(da * (x - mean)); or None
+    M, K, C,
     A_RELU: tl.constexpr, RELU: tl.constexpr, EVEN_K: tl.constexpr, EVEN_C: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(C, BLOCK_N)
-    share = tl.program_id(0) // columns
-    cols = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    along = tl.zeros((BLOCK_N,), tl.float32)
-    for block in range(share * each, tl.minimum(share * each + each, blocks)):
-        index = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = index < M
-        starts = row_starts(a.view, index, C)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if q is not None:
-            tl.assume(C > 0)
-            for k in range(0, C, BLOCK_K):
-                depth = k + tl.arange(0, BLOCK_K)
-                t = load_act(a, starts, depth, inside, C, A_RELU, EVEN_DEPTH)
-                w = load_weight(q, depth, cols, C, C, EVEN_DEPTH, EVEN_C)
-                acc = tl.dot(as_read(t, PRECISION), as_read(w, PRECISION), acc, input_precision=PRECISION)
-            acc *= -tl.load(q_scale)
-        if u is not None:
-            acc += load_tile(u, index.to(tl.int64) * C, cols, inside, C, EVEN_C).to(tl.float32)
-        else:
-            acc = add_grad_product(
-                acc, g, wg, index, inside, cols, K, C, EVEN_K, EVEN_C, PRECISION, BLOCK_M, BLOCK_K
-            )
-        if c is not None:
-            acc -= load_vector(c, cols, C, EVEN_C)
-        if RELU or partial is not None:
-            x = load_tile(a.x, starts, cols, inside, C, EVEN_C)
-        if RELU:
-            y = x
-            if a.scale is not None:
-                y = activate(x, load_vector(a.scale, cols, C, EVEN_C), load_vector(a.shift, cols, C, EVEN_C), A_RELU)
-            acc = tl.where(y <= 0, 0.0, acc)
-        t = acc.to(da.dtype.element_ty)
-        held = inside[:, None] if EVEN_C else inside[:, None] & (cols < C)[None, :]
-        tl.store(da + index.to(tl.int64)[:, None] * C + cols[None, :], t, mask=held)
-        if partial is not None:
-            dy = tl.where(inside[:, None], t.to(tl.float32), 0.0)
-            total += tl.sum(dy, 0)
-            along += tl.sum(dy * (x.to(tl.float32) - load_vector(mean, cols, C, EVEN_C)), 0)
+    block = tl.program_id(0) // columns
+    index = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols, inside = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), index < M
+    starts = row_starts(a.view, index, C)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if q is not None:
+        tl.assume(C > 0)
+        for k in range(0, C, BLOCK_K):
+            depth = k + tl.arange(0, BLOCK_K)
+            t = load_act(a, starts, depth, inside, C, A_RELU, EVEN_DEPTH)
+            w = load_weight(q, depth, cols, C, C, EVEN_DEPTH, EVEN_C)
+            acc = tl.dot(as_read(t, PRECISION), as_read(w, PRECISION), acc, input_precision=PRECISION)
+        acc *= -tl.load(q_scale)
+    if u is not None:
+        acc += load_tile(u, index.to(tl.int64) * C, cols, inside, C, EVEN_C).to(tl.float32)
+    else:
+        acc = add_grad_product(acc, g, wg, index, inside, cols, K, C, EVEN_K, EVEN_C, PRECISION, BLOCK_M, BLOCK_K)
+    if c is not None:
+        acc -= load_vector(c, cols, C, EVEN_C)
+    if RELU or partial is not None:
+        x = load_tile(a.x, starts, cols, inside, C, EVEN_C)
+    if RELU:
+        y = x
+        if a.scale is not None:
+            y = activate(x, load_vector(a.scale, cols, C, EVEN_C), load_vector(a.shift, cols, C, EVEN_C), A_RELU)
+        acc = tl.where(y <= 0, 0.0, acc)
+    t = acc.to(da.dtype.element_ty)
+    held = inside[:, None] if EVEN_C else inside[:, None] & (cols < C)[None, :]
+    tl.store(da + index.to(tl.int64)[:, None] * C + cols[None, :], t, mask=held)
     if partial is not None:
-        at = partial + share * (2 * C) + cols
-        tl.store(at, total, mask=cols < C)
-        tl.store(at + C, along, mask=cols < C)
+        dy = tl.where(inside[:, None], t.to(tl.float32), 0.0)
+        at = partial + block.to(tl.int64) * (2 * C) + cols
+        tl.store(at, tl.sum(dy, 0), mask=cols < C)
+        tl.store(at + C, tl.sum(dy * (x.to(tl.float32) - load_vector(mean, cols, C, EVEN_C)), 0), mask=cols < C)
 
 
 def expand_dgrad(
@@ -87,15 +79,13 @@ def expand_dgrad(
     tile = _table.tile("expand_dgrad", da.dtype, channels, arch(da))
     blocks, columns = -(-count // tile.rows), -(-channels // tile.channels)
     summed = mean is not None and args.scale is not None
-    # Without sums every program has one block of rows.
-    shares, each = _table.shares(count, tile.rows, columns) if summed else (blocks, 1)
-    partial = torch.empty((shares, 2, channels), dtype=torch.float32, device=da.device) if summed else None
+    partial = torch.empty((blocks, 2, channels), dtype=torch.float32, device=da.device) if summed else None
     launch(
-        _expand_dgrad, shares * columns, da, _operands.grad(g) if u is None else _operands.NO_GRAD, u, args, wg, q,
-        q_scale, c, mean if summed else None, da, partial, count, outer, channels, blocks, each,
+        _expand_dgrad, blocks * columns, da, _operands.grad(g) if u is None else _operands.NO_GRAD, u, args, wg, q,
+        q_scale, c, mean if summed else None, da, partial, count, outer, channels,
         A_RELU=_operands.relu(a), RELU=relu, EVEN_K=outer % tile.depth == 0,
         EVEN_C=channels % tile.channels == 0, EVEN_DEPTH=channels % tile.depth == 0,
         PRECISION=_operands.precision(da), BLOCK_M=tile.rows, BLOCK_N=tile.channels, BLOCK_K=tile.depth,
         **tile.options,
     )
-    return Summed(da, partial) if summed else da
+    return Summed(da, fewer_shares(partial)) if summed else da
