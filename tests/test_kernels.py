@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from units import NATIVE, activation, triton_kernels
+from units import NATIVE, TRITON, activation, triton_kernels
 
 from resfuse.kernels.eager import _rows
 from resfuse.kernels.interface import (
@@ -43,8 +43,8 @@ REFUSALS = {"weighed_second", "dtype", "device", "vector"}
 @pytest.fixture(
     autouse=True,
     params=[
-        "eager", "eager, many parts", pytest.param("cpu", marks=NATIVE), "triton",
-        pytest.param("triton, gpu", marks=pytest.mark.gpu),
+        "eager", "eager, many parts", pytest.param("cpu", marks=NATIVE), pytest.param("triton", marks=TRITON),
+        pytest.param("triton, gpu", marks=[TRITON, pytest.mark.gpu]),
     ],  # fmt: skip
 )
 def kernel_set(request, monkeypatch):

@@ -12,11 +12,15 @@ from resfuse.functional import bottleneck, conv_bn_add_relu
 from resfuse.kernels import dispatch
 from resfuse.kernels.eager._rows import round_to_tf32
 from resfuse.kernels.interface import Geometry, Masked, Norm, Sum, Unsupported, Want
+from resfuse.kernels.triton import unavailable
 from resfuse.testing import cases, comparison
 from resfuse.testing.comparison import MODES
 
-triton = pytest.importorskip("triton", reason="triton_missing: Triton is not installed")
-tl = triton.language
+if unavailable():
+    pytest.skip(": ".join(unavailable()[0]), allow_module_level=True)
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 
 from resfuse.kernels.triton._launch import launch  # noqa: E402
 from resfuse.kernels.triton._moments import fewer_shares, merge_moments  # noqa: E402

@@ -4,7 +4,7 @@ import pytest
 import torch
 from units import TRITON
 
-pytestmark = pytest.mark.skipif(not TRITON, reason="triton_missing: Triton is not installed")
+pytestmark = TRITON
 
 UNIT = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 KINDS = {

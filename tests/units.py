@@ -1,6 +1,5 @@
 """Random bottlenecks as `functional.ConvBN`s, twins of them, and their gradients."""
 
-import importlib.util
 import os
 import sys
 from contextlib import contextmanager
@@ -9,10 +8,11 @@ import pytest
 import torch
 
 from resfuse.functional import BN, Conv, ConvBN
+from resfuse.kernels import triton
 
 BUILT = os.environ.get("RESFUSE_NATIVE", "1" if sys.platform == "linux" else "0") == "1"
 NATIVE = pytest.mark.skipif(not BUILT, reason="native_missing: RESFUSE_NATIVE=0")
-TRITON = importlib.util.find_spec("triton") is not None
+TRITON = pytest.mark.skipif(bool(triton.unavailable()), reason="; ".join(": ".join(r) for r in triton.unavailable()))
 PARAMETERS = ("weight", "bias", "gamma", "beta")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -101,8 +101,6 @@ def activation(n, c, h, w, *, dtype=torch.float64, channels_last=True, seed=0) -
 def triton_kernels(monkeypatch, gpu: bool = False, tf32: bool = False):
     """The Triton set serves the CPU's tensors: interpreted, or on a GPU between margins. Float32 products are exact, or
     as torch's convolutions take them on a GPU."""
-    if not TRITON:
-        pytest.skip("triton_missing: Triton is not installed")
     from resfuse.testing.triton.interpreter import interpreted
     from resfuse.testing.triton.runners import OnGPU, instead
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from ..kernels import triton
 
 UNITS = ("wgmma", "tcgen05", "mma.sync")
 
 
 def show(arch: int, dtype: torch.dtype, console: Console) -> None:
+    reasons = triton.unavailable()
+    if reasons:
+        sys.exit("; ".join(reason.text for reason in reasons))
     from ..testing.triton import steps
 
     names = steps.FULL_SIZE

@@ -4,7 +4,7 @@ Recipes are computed in registers by the kernels that read them. The vendor's co
 Importing this package loads no Triton; its primitives do.
 """
 
-import importlib.util
+import importlib.metadata
 
 import torch
 
@@ -14,6 +14,7 @@ from . import _launch
 
 STATUS = "Triton kernels; checked without a GPU (interpreted, compiled), unproven on one"
 LEAST_CAPABILITY = (8, 0)
+LEAST_TRITON = (3, 6)  # whose tuples carry the operands
 
 
 def unsupported(device: str, dtype: torch.dtype) -> list[Reason]:
@@ -23,11 +24,22 @@ def unsupported(device: str, dtype: torch.dtype) -> list[Reason]:
         reasons.append(Reason("dtype", f"the Triton kernels store float32, bfloat16 or float16, not {dtype}"))
     if _launch.instead is not None:
         return reasons
-    if importlib.util.find_spec("triton") is None:
-        reasons.append(Reason("triton_missing", "Triton is not installed: pip install triton"))
+    reasons += unavailable()
     if device != "cuda":
         reasons.append(Reason("device", f"the Triton kernels do not run on {device}"))
     elif torch.cuda.is_available() and torch.cuda.get_device_capability() < LEAST_CAPABILITY:
         found = ".".join(map(str, torch.cuda.get_device_capability()))
         reasons.append(Reason("capability", f"the Triton kernels need compute capability 8.0, this GPU has {found}"))
     return reasons
+
+
+def unavailable() -> list[Reason]:
+    """Why the installed Triton cannot compile the kernels; empty if it can. Loads no Triton."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return [Reason("triton_missing", "Triton is not installed: pip install triton")]
+    if tuple(map(int, version.split(".")[:2])) < LEAST_TRITON:
+        least = ".".join(map(str, LEAST_TRITON))
+        return [Reason("triton_version", f"the Triton kernels need Triton {least} or newer, this is {version}")]
+    return []

@@ -100,20 +100,21 @@ class FakeDriver:
 
 
 class Compiler:
-    """An `_launch.Instead` that compiles. kernels: what was compiled, by hash; launches: their names, in order."""
+    """An `_launch.Instead` that compiles. kernels: what was compiled, by hash; launches: in order, each with its name
+    and the bytes of its operands, each of them counted once."""
 
     def __init__(self, arch: int):
         self.arch = arch
         self.kernels: dict[str, Kernel] = {}
-        self.launches: list[str] = []
+        self.launches: list[tuple[str, int]] = []
 
     def __call__(self, kernel, programs: int, args: tuple, options: dict) -> None:
         compiled = kernel.warmup(*map(_meta, args), grid=(1,), **options)
-        self.launches.append(kernel.fn.__name__)
+        moved = sum({id(t): t.numel() * t.element_size() for t in _tensors(args)}.values())
+        self.launches.append((kernel.fn.__name__, moved))
         if compiled.hash not in self.kernels:
             self.kernels[compiled.hash] = _read(kernel.fn.__name__, self.arch, options, compiled)
-        found = self.kernels[compiled.hash]
-        found.bytes = max(found.bytes, sum({id(t): t.numel() * t.element_size() for t in _tensors(args)}.values()))
+        self.kernels[compiled.hash].bytes = max(self.kernels[compiled.hash].bytes, moved)
 
 
 @contextmanager

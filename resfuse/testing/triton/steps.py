@@ -22,25 +22,28 @@ SMALL = ("small-projection", "small-pooled", "small-padded", "ragged", "small-st
 BATCH = 32  # enough rows for the form that large batches take
 
 
-def compile_steps(arch: int, dtype: torch.dtype, names: Iterable[str], tf32: bool = False) -> Compiler:
+def compile_steps(
+    arch: int, dtype: torch.dtype, names: Iterable[str], tf32: bool = False, batch: int = BATCH
+) -> Compiler:
     """What the Triton set launches in a training step of each case, compiled for an architecture.
 
-    dtype: float32, or that of autocast; tf32: how torch's convolutions take float32 products.
+    dtype: float32, or that of autocast; tf32: how torch's convolutions take float32 products; batch: of the cases that
+    are not small.
     """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = tf32
     try:
         with compiled_for(arch) as compiler:
             for name in names:
-                _step(CASES[name], dtype)
+                _step(CASES[name], dtype, batch)
         return compiler
     finally:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _step(case: Case, dtype: torch.dtype) -> None:
-    if case.height > 7 and case.batch > 4:
-        case = replace(case, batch=BATCH)
+def _step(case: Case, dtype: torch.dtype, batch: int) -> None:
+    if not case.name.startswith("small") and case.batch > 4:
+        case = replace(case, batch=batch)
     block = resfuse.fuse(make_block(case), config=resfuse.FuseConfig(backend="triton"))
     x = make_input(case, dtype).requires_grad_()
     context = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
