@@ -34,6 +34,15 @@ def test_the_memory_table_is_what_its_results_file_gives():
     assert "\n".join(script("memory").table(json.loads((ROOT / name).read_text()))) in text
 
 
+def test_the_kernel_tables_are_what_their_results_file_gives():
+    text = (ROOT / "docs" / "triton.md").read_text()
+    (name,) = set(re.findall(r"--table (\S+\.json)", text))
+    results, kernels = json.loads((ROOT / name).read_text()), script("kernels")
+    for table in (kernels.kernel_table(results), kernels.traffic_table(results)):
+        assert "\n".join(table) in text
+    assert results["command"] in text and "+dirty" not in results["environment"]["commit"]
+
+
 def test_the_figure_exists_and_is_named():
     figures = re.findall(r"!\[[^\]]*\]\((\S+\.png)\)", (ROOT / "README.md").read_text())
     assert len(figures) == 1 and (ROOT / figures[0]).stat().st_size > 10_000
