@@ -140,7 +140,10 @@ def primitives(options: argparse.Namespace) -> None:
         rows += primitive_rows.measure(
             replace(case, batch=batch), torch.bfloat16, options.device, seconds, size, side
         )
-        write_json(path, {"environment": environment(options.device), "command": _command(), "rows": rows})
+        facts = {"environment": environment(options.device), "command": _command()}
+        write_json(path, {**facts, "rows": rows, "host": []})
+    issued = primitive_rows.host(replace(cases[0], batch=8), torch.bfloat16, options.device, 5 if options.smoke else 50)
+    write_json(path, {**facts, "rows": rows, "host": issued})
     wrong = [row for row in rows if not row["error"] <= PRIMITIVE_ERROR]
     if wrong:
         sys.exit(f"wrong results: {wrong}")
@@ -238,7 +241,8 @@ def _show(out: Path, status: dict[str, str]) -> None:
             tables.show(json.loads(path.read_text()), console)
     path = out / "primitives.json"
     if "primitives" in status and path.exists():
-        primitive_rows.show(json.loads(path.read_text())["rows"], console)
+        found = json.loads(path.read_text())
+        primitive_rows.show(found["rows"], found["host"], console)
     path = out / "ceilings.json"
     if "ceilings" in status and path.exists():
         found = json.loads(path.read_text())

@@ -3,7 +3,9 @@ measured in the same run, its bytes and operations come to."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from statistics import median
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -12,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import resfuse
 from resfuse.kernels import dispatch
 from resfuse.kernels.interface import Affine, BNGrad, Geometry, Masked, Norm, Stats, Sum, Want
-from resfuse.testing.cases import BottleneckCase
+from resfuse.testing.cases import BottleneckCase, make_block, make_gradient, make_input
 from resfuse.testing.timing import interleave, summary
 from resfuse.testing.tolerances import relative_error
 
@@ -123,17 +126,41 @@ def measure(
             errors[chosen] = max(relative_error(ours, theirs) for ours, theirs in found)
         times = interleave({chosen: lambda k=k: work.call(k) for chosen, k in kernels.items()}, **rounds)  # noqa: B023
         for chosen, each in times.items():
-            median, low, high, count = summary(each)
+            middle, low, high, count = summary(each)
             row = {
                 "case": case.name, "dtype": str(dtype).removeprefix("torch."), "batch": case.batch,
-                "primitive": name, "set": chosen, "error": errors[chosen], "median": median, "low": low,
+                "primitive": name, "set": chosen, "error": errors[chosen], "median": middle, "low": low,
                 "high": high, "rounds": count, "bytes": work.bytes, "operations": work.operations,
             }  # fmt: skip
             if work.bytes:
-                row |= {"copy_share": work.bytes / median / copy}
+                row |= {"copy_share": work.bytes / middle / copy}
             if work.operations:
-                row |= {"matmul_share": work.operations / median / matmul}
+                row |= {"matmul_share": work.operations / middle / matmul}
             rows.append(row)
+    return rows
+
+
+def host(case: BottleneckCase, dtype: torch.dtype, device: torch.device, steps: int) -> list[dict]:
+    """Seconds that the host takes to issue a block's forward and backward, nothing waited for: medians of `steps`."""
+    rows = []
+    for chosen in sets(device, dtype):
+        config = resfuse.FuseConfig(backend=chosen)
+        block = resfuse.fuse(make_block(case, device=device), config=config)
+        x, dout = (make(case, dtype, device=device) for make in (make_input, make_gradient))
+        x.requires_grad_()
+        times: list[list[float]] = [[], []]
+        for _ in range(steps + 2):
+            began = time.perf_counter()
+            with torch.autocast(device.type, dtype=dtype):
+                out = block(x)
+            between = time.perf_counter()
+            out.backward(dout)
+            times[0].append(between - began)
+            times[1].append(time.perf_counter() - between)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        forward, backward = (median(each[2:]) for each in times)
+        rows.append({"case": case.name, "set": chosen, "forward": forward, "backward": backward, "steps": steps})
     return rows
 
 
@@ -144,7 +171,7 @@ def _tensors(result) -> list[Tensor]:
     return [t for part in result or () for t in _tensors(part)]
 
 
-def show(rows: list[dict], console: Console) -> None:
+def show(rows: list[dict], issued: list[dict], console: Console) -> None:
     table = Table(title="Primitives, and what share of a copy's and a matrix product's rate they reach",
                   title_justify="left")
     for column in ("case", "primitive", "set", "us", "error", "copy", "matmul"):
@@ -155,3 +182,8 @@ def show(rows: list[dict], console: Console) -> None:
             row["case"], row["primitive"], row["set"], f"{1e6 * row['median']:.1f}", f"{row['error']:.1e}", *shares
         )
     console.print(table)
+    for row in issued:
+        console.print(
+            f"{row['case']}, {row['set']}: the host issues forward in {1e6 * row['forward']:.0f} us, backward in "
+            f"{1e6 * row['backward']:.0f} us", highlight=False,
+        )

@@ -175,7 +175,9 @@ def test_the_gpu_command_runs_its_parts(tmp_path):
         assert {row["mode"] for row in results["times"]} == {"autocast-bfloat16", "autocast-float16"}
         assert all(row["peak_bytes"] for row in results["memory"])  # evaluation has no such rows
     assert json.loads((tmp_path / "ceilings.json").read_text())["copy"]["tb_s"] > 0
-    rows = json.loads((tmp_path / "primitives.json").read_text())["rows"]
+    primitives = json.loads((tmp_path / "primitives.json").read_text())
+    rows = primitives["rows"]
+    assert all(row["forward"] > 0 < row["backward"] for row in primitives["host"])
     assert {row["set"] for row in rows} == {"eager", "auto"} and all(row["error"] < 0.02 for row in rows)
     assert all(row["copy_share"] > 0 for row in rows if row["bytes"])
     assert "blocks: ok" in done.stdout

@@ -36,7 +36,7 @@ def _towards(buffer, target, factor, inside):
 
 @triton.jit
 def _update_running(updates, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    # A program for each BatchNorm: its counter is read before it is written.
+    # A program for each BatchNorm, of one warp: no other could read the counter after it is written.
     for i in tl.static_range(COUNT):
         if tl.program_id(0) == i:
             u = updates[i]
@@ -64,4 +64,4 @@ def update_running(updates: Sequence[RunningUpdate]) -> None:
         UpdateArgs(*stats, *buffers, momentum, count / (count - 1), stats.mean.shape[0])
         for stats, count, *buffers, momentum in updates
     )
-    launch(_update_running, len(args), updates[0].stats.mean, args, COUNT=len(args), BLOCK=256, num_warps=4)
+    launch(_update_running, len(args), updates[0].stats.mean, args, COUNT=len(args), BLOCK=256, num_warps=1)
