@@ -30,13 +30,14 @@ Isa onednn_cap() {
 Isa probe() {
   Isa found = Isa::baseline;
 #if RESFUSE_X86
-  const std::string capability = at::get_cpu_capability();  // torch's choice, which ATEN_CPU_CAPABILITY lowers
+  // torch's choice, which ATEN_CPU_CAPABILITY lowers; versions differ in what they call the least
+  const std::string capability = at::get_cpu_capability();
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512cd");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  if (capability != "DEFAULT" && avx2) found = Isa::avx2;
+  if ((capability == "AVX2" || capability == "AVX512") && avx2) found = Isa::avx2;
   if (capability == "AVX512" && avx512) {
     found = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   }
