@@ -3,7 +3,6 @@
     n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  M2 = M2_a + M2_b + d^2 n_a n_b / n   (Chan)
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,54 +12,75 @@ from ._launch import launch
 
 # Shares that a merging program reads at once: many loads in flight, since there is little else to hide behind.
 BLOCK_S = 64
+MANY = 4 * BLOCK_S  # shares beyond which many programs merge them to fewer first
 
 
 @triton.jit
-def add_moments(count, mean, squares, t, inside, more):
-    """Moments (count, mean [cols], squares [cols]) with those of `more` rows of a float32 tile merged in."""
-    own = tl.sum(tl.where(inside[:, None], t, 0.0), 0) / more
-    centred = tl.where(inside[:, None], t - own[None, :], 0.0)
-    both, apart = count + more, own - mean
-    mean += apart * (more / both)
-    squares += tl.sum(centred * centred, 0) + apart * apart * (count * more / both)
-    return both, mean, squares
+def tile_moments(t, inside, count):
+    """Mean and M2 [cols] of the `count` rows of a float32 tile that exist."""
+    mean = tl.sum(tl.where(inside[:, None], t, 0.0), 0) / count
+    centred = tl.where(inside[:, None], t - mean[None, :], 0.0)
+    return mean, tl.sum(centred * centred, 0)
 
 
-@triton.jit(do_not_specialize=["shares", "rows_each", "M"])
-def _merge_moments(partial, mean, var, shares, rows_each, M, C, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    # partial [shares, 2, C] float32: the mean and M2 of each share's rows; mean, var [C] float32
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (cols < C)[None, :]
+@triton.jit
+def store_moments(partial, share, cols, channels, mean, squares):
+    """A share's moments into partial [shares, 2, channels]."""
+    at = partial + share.to(tl.int64) * (2 * channels) + cols
+    tl.store(at, mean, mask=cols < channels)
+    tl.store(at + channels, squares, mask=cols < channels)
+
+
+@triton.jit(do_not_specialize=["shares", "group", "rows_each", "M"])
+def _merge_moments(
+    partial,  # [shares, 2, C] float32: mean and M2 of each share's rows
+    merged,  # [groups, 2, C] float32: those of `group` shares each; where FINAL, of all: mean and variance
+    shares, group, rows_each, M, C,
+    FINAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(C, BLOCK_C)
+    begin = tl.program_id(0) // columns * group
+    end = tl.minimum(begin + group, shares)
+    rows = (tl.minimum(M, end * rows_each) - begin * rows_each).to(tl.float32)
+    cols = tl.program_id(0) % columns * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    for first in range(0, shares, BLOCK_S):
+    for first in range(begin, end, BLOCK_S):
         share = first + tl.arange(0, BLOCK_S)
         count = tl.minimum(M - share * rows_each, rows_each).to(tl.float32)
-        held = (share < shares)[:, None] & inside
-        at = partial + share[:, None] * (2 * C) + cols[None, :]
+        held = (share < end)[:, None] & (cols < C)[None, :]
+        at = partial + share.to(tl.int64)[:, None] * (2 * C) + cols[None, :]
         total += tl.load(at, mask=held, other=0.0) * count[:, None]
-    centre = tl.sum(total, 0) / M
-    squares = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-    for first in range(0, shares, BLOCK_S):
+    mean = tl.sum(total, 0) / rows
+    spread = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    for first in range(begin, end, BLOCK_S):
         share = first + tl.arange(0, BLOCK_S)
         count = tl.minimum(M - share * rows_each, rows_each).to(tl.float32)
-        held = (share < shares)[:, None] & inside
-        at = partial + share[:, None] * (2 * C) + cols[None, :]
-        apart = tl.load(at, mask=held, other=0.0) - centre[None, :]
-        squares += tl.where(held, tl.load(at + C, mask=held, other=0.0) + apart * apart * count[:, None], 0.0)
-    tl.store(mean + cols, centre, mask=cols < C)
-    tl.store(var + cols, tl.sum(squares, 0) / M, mask=cols < C)
+        held = (share < end)[:, None] & (cols < C)[None, :]
+        at = partial + share.to(tl.int64)[:, None] * (2 * C) + cols[None, :]
+        apart = tl.load(at, mask=held, other=0.0) - mean[None, :]
+        spread += tl.where(held, tl.load(at + C, mask=held, other=0.0) + apart * apart * count[:, None], 0.0)
+    squares = tl.sum(spread, 0)
+    if FINAL:
+        squares /= rows
+    store_moments(merged, tl.program_id(0) // columns, cols, C, mean, squares)
 
 
 def merge_moments(partial: Tensor, rows_each: int, rows: int) -> Stats:
     """The moments of all rows. partial [shares, 2, C] of `rows_each` rows each, the last of the rest."""
     shares, _, channels = partial.shape
-    stats = Stats(*torch.empty((2, channels), dtype=torch.float32, device=partial.device))
-    block = 16
+    if shares > MANY:
+        partial, rows_each = _merged(partial, BLOCK_S, rows_each, rows, False), rows_each * BLOCK_S
+    return Stats(*_merged(partial, len(partial), rows_each, rows, True)[0])
+
+
+def _merged(partial: Tensor, group: int, rows_each: int, rows: int, final: bool) -> Tensor:
+    shares, _, channels = partial.shape
+    merged, block = partial.new_empty((-(-shares // group), 2, channels)), 16
     launch(
-        _merge_moments, -(-channels // block), partial, partial, *stats, shares, rows_each, rows, channels,
-        BLOCK_S=BLOCK_S, BLOCK_C=block, num_warps=4,
+        _merge_moments, len(merged) * -(-channels // block), partial, partial, merged, shares, group, rows_each, rows,
+        channels, FINAL=final, BLOCK_S=BLOCK_S, BLOCK_C=block, num_warps=4,
     )
-    return stats
+    return merged
 
 
 @triton.jit
@@ -87,7 +107,7 @@ def _fewer_shares(partial, fewer, shares, E, BLOCK_S: tl.constexpr, BLOCK_E: tl.
 
 def fewer_shares(partial: Tensor) -> Tensor:
     """Sums [shares, ...] added up to few shares, by many programs: the one that adds those would take long for all."""
-    if len(partial) <= 4 * BLOCK_S:
+    if len(partial) <= MANY:
         return partial
     fewer = partial.new_empty((-(-len(partial) // BLOCK_S), *partial.shape[1:]))
     each, block = partial[0].numel(), 32

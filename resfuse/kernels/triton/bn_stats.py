@@ -8,7 +8,7 @@ from torch import Tensor
 from ..interface import Stats
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import add_moments, merge_moments
+from ._moments import merge_moments, store_moments, tile_moments
 from ._tiles import load_tile
 
 
@@ -29,10 +29,12 @@ def _bn_stats(
         index = block * BLOCK_M + tl.arange(0, BLOCK_M)
         t = load_tile(z, index.to(tl.int64) * C, cols, index < M, C, EVEN_C)
         more = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
-        count, mean, squares = add_moments(count, mean, squares, t.to(tl.float32), index < M, more)
-    at = partial + share * (2 * C) + cols
-    tl.store(at, mean, mask=cols < C)
-    tl.store(at + C, squares, mask=cols < C)
+        own, spread = tile_moments(t.to(tl.float32), index < M, more)
+        both, apart = count + more, own - mean
+        mean += apart * (more / both)
+        squares += spread + apart * apart * (count * more / both)
+        count = both
+    store_moments(partial, share, cols, C, mean, squares)
 
 
 def bn_stats(z: Tensor) -> Stats:

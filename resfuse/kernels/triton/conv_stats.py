@@ -13,45 +13,37 @@ from ..interface import Act, Geometry, Norm, Stats, Sum, Want
 from ..vendor import conv
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import add_moments, merge_moments
+from ._moments import merge_moments, store_moments, tile_moments
 from ._tiles import add_act_product, row_starts
 from .apply import apply
 from .bn_stats import bn_stats
 
 
-@triton.jit(do_not_specialize=["M", "blocks", "each"])
+@triton.jit(do_not_specialize=["M"])
 def _conv_stats(
     a,  # ActArgs [M, C]
     weight,  # [K, C] storage
     z,  # [M, K] storage
-    partial,  # [shares, 2, K] float32, or None
-    M, C, K, blocks, each,
+    partial,  # [blocks of rows, 2, K] float32, or None
+    M, C, K,
     RELU: tl.constexpr, EVEN_C: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     columns = tl.cdiv(K, BLOCK_N)
-    share, column = tl.program_id(0) // columns, tl.program_id(0) % columns
-    cols = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    count = 0.0
-    mean = tl.zeros((BLOCK_N,), tl.float32)
-    squares = tl.zeros((BLOCK_N,), tl.float32)
-    for block in range(share * each, tl.minimum(share * each + each, blocks)):
-        index = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = index < M
-        acc = add_act_product(
-            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), a, weight, row_starts(a.view, index, C), inside, cols, C, K,
-            RELU, EVEN_C, EVEN_K, PRECISION, BLOCK_K,
-        )
-        t = acc.to(z.dtype.element_ty)
-        held = inside[:, None] if EVEN_K else inside[:, None] & (cols < K)[None, :]
-        tl.store(z + index.to(tl.int64)[:, None] * K + cols[None, :], t, mask=held)
-        if partial is not None:
-            more = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
-            count, mean, squares = add_moments(count, mean, squares, t.to(tl.float32), inside, more)
+    block = tl.program_id(0) // columns
+    index = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols, inside = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), index < M
+    acc = add_act_product(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), a, weight, row_starts(a.view, index, C), inside, cols, C, K, RELU,
+        EVEN_C, EVEN_K, PRECISION, BLOCK_K,
+    )
+    t = acc.to(z.dtype.element_ty)
+    held = inside[:, None] if EVEN_K else inside[:, None] & (cols < K)[None, :]
+    tl.store(z + index.to(tl.int64)[:, None] * K + cols[None, :], t, mask=held)
     if partial is not None:
-        at = partial + share * (2 * K) + cols
-        tl.store(at, mean, mask=cols < K)
-        tl.store(at + K, squares, mask=cols < K)
+        count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
+        mean, squares = tile_moments(t.to(tl.float32), inside, count)
+        store_moments(partial, block, cols, K, mean, squares)
 
 
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
@@ -65,17 +57,14 @@ def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple
     (outputs, channels), count = matrix.shape, _operands.rows(args.x)
     z = _operands.empty_rows(args.x, outputs)
     tile = _table.tile("conv_stats", z.dtype, outputs, arch(z))
-    columns = -(-outputs // tile.channels)
-    # Without statistics every program has one block of rows.
-    shares, each = _table.shares(count, tile.rows, columns) if stats else (-(-count // tile.rows), 1)
-    partial = torch.empty((shares, 2, outputs), dtype=torch.float32, device=z.device) if stats else None
+    blocks, columns = -(-count // tile.rows), -(-outputs // tile.channels)
+    partial = torch.empty((blocks, 2, outputs), dtype=torch.float32, device=z.device) if stats else None
     launch(
-        _conv_stats, shares * columns, z, args, matrix, z, partial, count, channels, outputs,
-        -(-count // tile.rows), each, RELU=_operands.relu(a), EVEN_C=channels % tile.depth == 0,
-        EVEN_K=outputs % tile.channels == 0, PRECISION=_operands.precision(z), BLOCK_M=tile.rows,
-        BLOCK_N=tile.channels, BLOCK_K=tile.depth, **tile.options,
+        _conv_stats, blocks * columns, z, args, matrix, z, partial, count, channels, outputs, RELU=_operands.relu(a),
+        EVEN_C=channels % tile.depth == 0, EVEN_K=outputs % tile.channels == 0, PRECISION=_operands.precision(z),
+        BLOCK_M=tile.rows, BLOCK_N=tile.channels, BLOCK_K=tile.depth, **tile.options,
     )
-    return z, merge_moments(partial, each * tile.rows, count) if stats else None
+    return z, merge_moments(partial, tile.rows, count) if stats else None
 
 
 def is_product(weight: Tensor, geometry: Geometry) -> bool:

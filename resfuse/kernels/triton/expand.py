@@ -12,19 +12,30 @@ from torch import Tensor
 from ..interface import Act, Norm, Second, Sum, Want, Written
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import add_moments, merge_moments
+from ._moments import merge_moments, store_moments, tile_moments
 from ._sum import load_residual, write_sum
 from ._tiles import add_act_product, load_tile, load_vector, row_starts
 
 
-@triton.jit
-def _expand_tile(
-    block, first, a, weight, scale, shift, second, second_weight, second_scale, second_shift, s, out, mask, M, C, D, K,
+@triton.jit(do_not_specialize=["M"])
+def _expand(
+    a,  # ActArgs [M, C]; without weight its values are the main branch's, [M, K]
+    weight,  # [K, C] storage, or None
+    scale, shift,  # [K] float32
+    second,  # ActArgs [M, D], or nothing
+    second_weight,  # [K, D] storage
+    second_scale, second_shift,  # [K] float32
+    s,  # SumArgs [M, K]
+    out,  # [M, K] storage
+    mask,  # [M, ceil(K / its bits)], or None
+    partial,  # [blocks of rows, 2, K] float32: moments of out, or None
+    M, C, D, K,
     RELU: tl.constexpr, A_RELU: tl.constexpr, SECOND_RELU: tl.constexpr, RESIDUAL_RELU: tl.constexpr,
     EVEN_C: tl.constexpr, EVEN_D: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write the block of rows and the columns from `first` on; what was stored. Operands as in `_expand`."""
+    columns = tl.cdiv(K, BLOCK_N)
+    block, first = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK_N
     index, cols = block * BLOCK_M + tl.arange(0, BLOCK_M), first + tl.arange(0, BLOCK_N)
     inside = index < M
     residual = None
@@ -47,53 +58,11 @@ def _expand_tile(
         )
         shifts = load_vector(second_shift, cols, K, EVEN_K)
         residual = tl.fma(residual, load_vector(second_scale, cols, K, EVEN_K), shifts)
-    return write_sum(
-        y, residual, s, out, mask, index, first, inside, K, RELU, RESIDUAL_RELU, EVEN_K, BLOCK_M, BLOCK_N
-    )
-
-
-@triton.jit(do_not_specialize=["M", "blocks", "each"])
-def _expand(
-    a,  # ActArgs [M, C]; without weight its values are the main branch's, [M, K]
-    weight,  # [K, C] storage, or None
-    scale, shift,  # [K] float32
-    second,  # ActArgs [M, D], or nothing
-    second_weight,  # [K, D] storage
-    second_scale, second_shift,  # [K] float32
-    s,  # SumArgs [M, K]
-    out,  # [M, K] storage
-    mask,  # [M, ceil(K / its bits)], or None
-    partial,  # [shares, 2, K] float32: moments of out, or None
-    M, C, D, K, blocks, each,
-    RELU: tl.constexpr, A_RELU: tl.constexpr, SECOND_RELU: tl.constexpr, RESIDUAL_RELU: tl.constexpr,
-    EVEN_C: tl.constexpr, EVEN_D: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    columns = tl.cdiv(K, BLOCK_N)
-    share, first = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK_N
-    if partial is None:  # a block of rows each; a loop of one would cost registers
-        _expand_tile(
-            share, first, a, weight, scale, shift, second, second_weight, second_scale, second_shift, s, out, mask, M,
-            C, D, K, RELU, A_RELU, SECOND_RELU, RESIDUAL_RELU, EVEN_C, EVEN_D, EVEN_K, PRECISION, BLOCK_M, BLOCK_N,
-            BLOCK_K,
-        )
-    else:
-        cols = first + tl.arange(0, BLOCK_N)
-        count = 0.0
-        mean = tl.zeros((BLOCK_N,), tl.float32)
-        squares = tl.zeros((BLOCK_N,), tl.float32)
-        for block in range(share * each, tl.minimum(share * each + each, blocks)):
-            t = _expand_tile(
-                block, first, a, weight, scale, shift, second, second_weight, second_scale, second_shift, s, out, mask,
-                M, C, D, K, RELU, A_RELU, SECOND_RELU, RESIDUAL_RELU, EVEN_C, EVEN_D, EVEN_K, PRECISION, BLOCK_M,
-                BLOCK_N, BLOCK_K,
-            )
-            inside = block * BLOCK_M + tl.arange(0, BLOCK_M) < M
-            more = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
-            count, mean, squares = add_moments(count, mean, squares, t.to(tl.float32), inside, more)
-        at = partial + share * (2 * K) + cols
-        tl.store(at, mean, mask=cols < K)
-        tl.store(at + K, squares, mask=cols < K)
+    t = write_sum(y, residual, s, out, mask, index, first, inside, K, RELU, RESIDUAL_RELU, EVEN_K, BLOCK_M, BLOCK_N)
+    if partial is not None:
+        count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
+        mean, squares = tile_moments(t.to(tl.float32), inside, count)
+        store_moments(partial, block, cols, K, mean, squares)
 
 
 def expand(a: Act, weight: Tensor, scale: Tensor, shift: Tensor, total: Sum, want: Want) -> Written:
@@ -108,21 +77,19 @@ def write(a: Act, weight: Tensor | None, scale: Tensor, shift: Tensor, total: Su
     mask = out.new_empty((count, -(-outputs // 8)), dtype=torch.uint8) if want.mask else None
     tile = _table.tile("expand", out.dtype, outputs, arch(out))
     blocks, columns = -(-count // tile.rows), -(-outputs // tile.channels)
-    # Without statistics every program has one block of rows.
-    shares, each = _table.shares(count, tile.rows, columns) if want.stats else (blocks, 1)
-    partial = torch.empty((shares, 2, outputs), dtype=torch.float32, device=out.device) if want.stats else None
+    partial = torch.empty((blocks, 2, outputs), dtype=torch.float32, device=out.device) if want.stats else None
     second, beside = total.residual, (_operands.NO_ACT, None, None, None)
     held = 0
     if isinstance(second, Second):
         beside = _operands.act(second.x), second.weight, second.scale, second.shift
         held = second.weight.shape[1]
     launch(
-        _expand, shares * columns, out, args, weight, scale, shift, *beside,
+        _expand, blocks * columns, out, args, weight, scale, shift, *beside,
         _operands.total(total, out, outputs), out, _operands.words(mask, outputs), partial, count, channels, held,
-        outputs, blocks, each, RELU=total.relu, A_RELU=_operands.relu(a),
+        outputs, RELU=total.relu, A_RELU=_operands.relu(a),
         SECOND_RELU=held > 0 and _operands.relu(second.x),
         RESIDUAL_RELU=isinstance(second, Norm) and second.relu, EVEN_C=channels % tile.depth == 0,
         EVEN_D=held % tile.depth == 0, EVEN_K=outputs % tile.channels == 0, PRECISION=_operands.precision(out),
         BLOCK_M=tile.rows, BLOCK_N=tile.channels, BLOCK_K=tile.depth, **tile.options,
     )
-    return Written(out, mask, merge_moments(partial, each * tile.rows, count) if want.stats else None)
+    return Written(out, mask, merge_moments(partial, tile.rows, count) if want.stats else None)
