@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from .runners import instead
@@ -168,7 +168,7 @@ def _read(name: str, arch: int, options: dict, compiled) -> Kernel:
 
 def _ptxas(ptx: str, arch: int) -> str:
     """What the assembler says of a kernel."""
-    tool = (knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas).path
+    tool = get_ptxas(arch).path
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
