@@ -146,7 +146,7 @@ def bn_relu(
         Unit(None, bn.eps, bn.batch, KEEP), pool, _running(bn, shape.numel() // shape[1]), [], backend,
         _differentiable([x, *tensors]), inside, layout,
     )
-    mean, var = _known(stats, bn, x, shape[1])
+    mean, var = _known(stats, bn, x, x.dtype, shape[1])
     return _run(BNReluFunction, spec, [x, mean, var, *tensors], backend, x.device.type, x.dtype)
 
 
@@ -218,7 +218,7 @@ def _block(
     counts = [shape.numel() // shape[1]] * len(norms) + rows
     n = len(norms) + len(convs)
     inputs = Inputs(
-        tuple(part.to(dtype) for part in parts), *_known(stats, bn, x, shape[1]),
+        tuple(part.to(dtype) for part in parts), *_known(stats, bn, x, dtype, shape[1]),
         shortcut.to(dtype) if kind == branches.GIVEN else None, row_scale, gate,
         tuple(tensors[: len(norms)]), tuple(tensors[len(norms) : n]), tuple(tensors[n:]),
     )
@@ -369,7 +369,7 @@ def _check_sum(
                 f"row_scale must be [{shape[0]}] on {x.device} and require no gradient, got {tuple(row_scale.shape)} "
                 f"on {row_scale.device}, requires_grad={row_scale.requires_grad}"
             )
-        row_scale = row_scale.to(wide(dtype))
+        row_scale = row_scale.to(wide(dtype)).contiguous()
     if gate is not None:
         arguments.check_plain(gate, "gate")
         if gate.device != x.device:
@@ -381,14 +381,18 @@ def _check_sum(
     return row_scale, gate
 
 
-def _known(stats: Stats | None, bn: BN | None, x: Tensor, channels: int) -> tuple[Tensor | None, Tensor | None]:
+def _known(
+    stats: Stats | None, bn: BN | None, x: Tensor, dtype: torch.dtype, channels: int
+) -> tuple[Tensor | None, Tensor | None]:
     """Statistics of the input that were given and are wanted."""
     if stats is None:
         return None, None
     for name, t in zip(Stats._fields, stats, strict=True):
         if not isinstance(t, Tensor) or t.shape != (channels,) or t.device != x.device:
             raise ArgumentError(f"stats.{name} must be a tensor [{channels}] on {x.device}, got {t!r}")
-    return tuple(stats) if bn is not None and bn.batch else (None, None)
+    if bn is None or not bn.batch:
+        return None, None
+    return tuple(t.to(wide(dtype)).contiguous() for t in stats)
 
 
 def _differentiable(tensors: Sequence[Tensor | None]) -> bool:

@@ -50,7 +50,7 @@ class BlockFunction(torch.autograd.Function):
             written, saved, stats = _forward(k, spec, inputs)
             out = written.out.contiguous(memory_format=spec.out_layout)
             if spec.want_stats:
-                stats_out = written.stats or k.bn_stats(out)
+                stats_out = written.stats or k.bn_stats(written.out)
             spec.pending.extend(
                 units.running_updates(spec.running, stats, (*inputs.norm, *inputs.units, *inputs.shortcut))
             )
@@ -83,7 +83,7 @@ class BlockFunction(torch.autograd.Function):
 
 
 def _forward(k, spec: Spec, inputs: Inputs):
-    dtype, norm_stats, norm_kept = inputs.parts[0].dtype, [], []
+    dtype, norm_stats, norm_kept, inputs = inputs.parts[0].dtype, [], [], _dense_parts(spec, inputs)
     x = None
     if spec.norm is None or spec.shortcut.kind in (IDENTITY, PADDED):
         x = branches.joined(inputs.parts, spec.layout)
@@ -108,7 +108,7 @@ def _forward(k, spec: Spec, inputs: Inputs):
 
 
 def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: Inputs) -> tuple:
-    dout = dout.contiguous(memory_format=spec.layout)
+    dout, inputs = dout.contiguous(memory_format=spec.layout), _dense_parts(spec, inputs)
     norm_kept, kept, shortcut_kept = _kept_by_role(spec, saved.kept)
     needs_x = any(needs.parts)
     needs_first = needs_x or any(any(need) for need in needs.norm)
@@ -117,7 +117,7 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
         x = branches.joined(inputs.parts, spec.layout)
     first = x
     if spec.norm is not None:  # a recipe where it can be one: wide, and not read before the chain has come down to it
-        norms = _norms(inputs.parts, norm_kept, spec.layout)
+        norms = _norms(inputs.parts, norm_kept)
         first = norms[0] if len(norms) == 1 else _activated(k, spec, inputs.parts, norm_kept)
     tensors = inputs.shortcut[0] if inputs.shortcut else None
     projection = spec.shortcut.kind == PROJECTION
@@ -193,6 +193,13 @@ def _main_again(k, spec: Spec, inputs: Inputs, zs, kept: Sequence[Kept], first: 
 # The norm before the first convolution ---------------------------------------------------------------------------
 
 
+def _dense_parts(spec: Spec, inputs: Inputs) -> Inputs:
+    """The inputs with what a norm reads in the block's layout, once for all its readers."""
+    if spec.norm is None:
+        return inputs
+    return inputs._replace(parts=tuple(part.contiguous(memory_format=spec.layout) for part in inputs.parts))
+
+
 def _input_stats(k, spec: Spec, inputs: Inputs) -> Stats | None:
     if not spec.norm.batch:
         return None
@@ -202,16 +209,16 @@ def _input_stats(k, spec: Spec, inputs: Inputs) -> Stats | None:
     return parts[0] if len(parts) == 1 else Stats(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
 
 
-def _norms(parts: Sequence[Tensor], kept: Kept, layout: torch.memory_format) -> list[Norm]:
+def _norms(parts: Sequence[Tensor], kept: Kept) -> list[Norm]:
     """relu(bn(.)) of each part."""
     sizes = [part.shape[1] for part in parts]
     vectors = zip(parts, kept.scale.split(sizes), kept.shift.split(sizes), strict=True)
-    return [Norm(part.contiguous(memory_format=layout), scale, shift) for part, scale, shift in vectors]
+    return [Norm(part, scale, shift) for part, scale, shift in vectors]
 
 
 def _activated(k, spec: Spec, parts: Sequence[Tensor], kept: Kept) -> Act:
     """The parts side by side, normalised and rectified: of several a tensor, which nobody keeps."""
-    norms = _norms(parts, kept, spec.layout)
+    norms = _norms(parts, kept)
     if len(norms) == 1:
         return k.prepare(norms[0])
     return torch.cat([k.apply(norm, Sum(), Want()).out for norm in norms], 1)
@@ -222,7 +229,7 @@ def _norm_backward(
 ) -> tuple[list[Tensor], Gradients]:
     """came: first and its gradient, which are taken out of the list."""
     t: Tensors = inputs.norm[0]
-    norms, sizes = _norms(inputs.parts, kept, spec.layout), [part.shape[1] for part in inputs.parts]
+    norms, sizes = _norms(inputs.parts, kept), [part.shape[1] for part in inputs.parts]
     gammas = [None] * len(sizes) if t.gamma is None else t.gamma.split(sizes)
     contexts = [
         BNContext(mean, invstd, gamma, spec.norm.batch)
@@ -231,8 +238,10 @@ def _norm_backward(
     if len(sizes) == 1:
         found = [k.bn_backward(came.pop(), came.pop(), norms[0].z, contexts[0])]
     else:
-        pairs = zip(came.pop().split(sizes, 1), came.pop().split(sizes, 1), norms, contexts, strict=True)
-        found = [k.bn_backward(dy, y, norm.z, context) for dy, y, norm, context in pairs]
+        dys = [dy.contiguous(memory_format=spec.layout) for dy in came.pop().split(sizes, 1)]
+        came.clear()
+        pairs = zip(dys, norms, contexts, strict=True)
+        found = [k.bn_backward(dy, norm, norm.z, context) for dy, norm, context in pairs]
     dzs, dgammas, dbetas = zip(*found, strict=True)
     pieces = [k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz for dz in dzs]
     dgamma, dbeta = (v[0] if len(v) == 1 else torch.cat(v) for v in (dgammas, dbetas))

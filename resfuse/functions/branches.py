@@ -98,7 +98,8 @@ class Inputs(NamedTuple):
         return [*self.parts, self.mean, self.var, self.residual, self.row_scale, self.gate, *tensors]
 
     def total(self, spec: Spec, residual: Residual) -> Sum:
-        return Sum(residual, spec.relu, spec.scale, self.row_scale, self.gate)
+        gate = None if self.gate is None else self.gate.contiguous(memory_format=spec.layout)  # it may be broadcast
+        return Sum(residual, spec.relu, spec.scale, self.row_scale, gate)
 
 
 def gradients(parts, residual, gate, norm, found: Sequence[Gradients], shortcut: Gradients | None) -> tuple:
