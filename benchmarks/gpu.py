@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -46,6 +48,7 @@ LIMITS = {  # seconds
 }  # fmt: skip
 DEFAULT = "env,ceilings,tests,primitives,blocks,resnet50,evaluation"
 BATCH, GATE_BATCH = 256, 8
+LEFT_OUT = 3  # exit code of a part that cannot run here
 PRIMITIVE_ERROR = 0.02  # relative to the eager set, in bfloat16
 GPU_MODES = ("autocast-bfloat16", "autocast-float16")
 COMPILE_SECONDS = {"block": 6.0, "network": 35.0}  # expected on a machine with a GPU
@@ -82,11 +85,14 @@ def _run_part(part: str, options: argparse.Namespace) -> str:
     arguments = ["--out", str(options.out), "--device", str(options.device), "--part", part]
     command = [sys.executable, str(Path(__file__)), *arguments, *(["--smoke"] if options.smoke else [])]
     print(f"{part} (at most {LIMITS[part]} s)", flush=True)
+    process = subprocess.Popen(command, start_new_session=True)
     try:
-        code = subprocess.run(command, timeout=LIMITS[part]).returncode
+        code = process.wait(LIMITS[part])
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # what the part has started too: it would disturb the next
+        process.wait()
         return f"stopped after {LIMITS[part]} s"
-    return "ok" if code == 0 else f"exit code {code}"
+    return {0: "ok", LEFT_OUT: "left out"}.get(code, f"exit code {code}")
 
 
 def env(options: argparse.Namespace) -> None:
@@ -118,11 +124,20 @@ def tests(options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
     command += [str(ROOT / "tests")]
     command += ["--collect-only"] if options.device.type != "cuda" else []
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
+    code, lines = _logged(command, options.out / "tests.txt")
     print("\n".join(lines[-30:]), flush=True)
-    write_json(options.out / "tests.json", {"exit_code": done.returncode, "last": lines[-60:]})
-    sys.exit(done.returncode)
+    write_json(options.out / "tests.json", {"exit_code": code, "last": lines[-60:]})
+    sys.exit(code)
+
+
+def _logged(command: list[str], log: Path, **environment: str) -> tuple[int, list[str]]:
+    """Exit code and lines of a command, which a file has as they come."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        code = subprocess.run(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+        ).returncode
+    return code, log.read_text().strip().splitlines()
 
 
 def blocks(options: argparse.Namespace) -> None:
@@ -154,13 +169,14 @@ def sanitize(options: argparse.Namespace) -> None:
     tool, status = shutil.which("compute-sanitizer"), {}
     if tool is None:
         write_json(options.out / "sanitize.json", {"left_out": "sanitizer_missing: compute-sanitizer is not on PATH"})
-        return
+        sys.exit(LEFT_OUT)
     chosen = [str(ROOT / "tests" / "test_triton.py"), "-m", "gpu", "-k", "small-strided and not float16"]
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "9", "--target-processes", "all", sys.executable]
         command += ["-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        status[check] = {"exit_code": done.returncode, "last": done.stdout.strip().splitlines()[-20:]}
+        # Without torch's cache every tensor is an allocation, whose end memcheck knows.
+        code, lines = _logged(command, options.out / f"{check}.txt", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        status[check] = {"exit_code": code, "last": lines[-20:]}
         write_json(options.out / "sanitize.json", status)
     sys.exit(max(each["exit_code"] for each in status.values()))
 

@@ -4,17 +4,18 @@ import copy
 
 import pytest
 import torch
-from units import activation, triton_kernels
+from units import activation, bn, conv, conv_bn, triton_kernels
 from units import bottleneck as random_bottleneck
 
 import resfuse
-from resfuse.functional import bottleneck, conv_bn_add_relu
+from resfuse.functional import bottleneck, conv_bn_add_relu, preactivation
 from resfuse.kernels import dispatch
 from resfuse.kernels.eager._rows import round_to_tf32
-from resfuse.kernels.interface import Geometry, Masked, Norm, Sum, Unsupported, Want
+from resfuse.kernels.interface import Geometry, Masked, Norm, Stats, Sum, Unsupported, Want
 from resfuse.kernels.triton import unavailable
 from resfuse.testing import cases, comparison
 from resfuse.testing.comparison import MODES
+from resfuse.testing.tolerances import relative_error
 
 if unavailable():
     pytest.skip(": ".join(unavailable()[0]), allow_module_level=True)
@@ -61,8 +62,9 @@ def test_blocks_are_as_exact_as_eager(name, mode, runner):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast-bfloat16", "autocast-float16"])
 @pytest.mark.parametrize("name", ["small-strided", "odd-projection", "small-preact-bottleneck", "small-stem", "stage2"])
-def test_blocks_on_a_gpu(name, mode):
+def test_blocks_on_a_gpu(name, mode, monkeypatch):
     """As launched in use, nothing between the kernels and their tensors."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     comparison.check_case(cases.CASES[name], fuse, MODES[mode], range(5), device="cuda", kinks=False)
 
 
@@ -77,6 +79,19 @@ def test_the_same_bits_every_time(runner):
     case = cases.CASES["small-strided"]
     block, x = cases.make_block(case), cases.make_input(case)
     first, second = (step(fuse(copy.deepcopy(block)), x) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_the_same_bits_on_a_gpu():
+    """On CUDA tensors themselves; the 3x3 too, as torch promises it where asked."""
+    case = cases.CASES["small-strided"]
+    block, x = cases.make_block(case, device="cuda"), cases.make_input(case, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (step(fuse(copy.deepcopy(block)), x) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -113,6 +128,87 @@ def test_row_scale_and_gradients_of_few_parameters(runner):
         found.append((out, *torch.autograd.grad(out.square().sum(), [convs[2].weight, convs[2].gamma])))
     for ours, theirs in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def differentiated(call, tensors):
+    """The results of a call on fresh leaves of tensors, and their gradients."""
+    leaves = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+    out = call(*leaves)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_dense_layers_of_several_parts(layout, runner):
+    """Slices of a gradient, and parts in either layout."""
+    parts = [activation(2, c, 5, 4, dtype=torch.float32, seed=c).contiguous(memory_format=layout) for c in (6, 9)]
+    norm, last = bn(15, dtype=torch.float32), conv(15, 7, 3, padding=(1, 1), dtype=torch.float32)
+    found = [
+        differentiated(
+            lambda *x, b=backend: preactivation(list(x), norm, last, shortcut="none", backend=b), parts
+        )
+        for backend in ("triton", "eager")
+    ]
+    same(*found)
+
+
+@pytest.mark.parametrize("size", ["pixel", "sample"])
+def test_gates_that_broadcast(size, runner):
+    convs = random_bottleneck(dtype=torch.float32)
+    x = activation(2, 8, 5, 4, dtype=torch.float32)
+    gate = torch.rand(2, 8, 1, 1) if size == "sample" else torch.rand(2, 1, 5, 4)
+    found = [
+        differentiated(
+            lambda x, g, b=backend: conv_bn_add_relu(x, *convs, shortcut=x, gate=g, backend=b), [x, gate]
+        )
+        for backend in ("triton", "eager")
+    ]
+    same(*found)
+
+
+def test_vectors_of_any_stride(runner):
+    """Parameters, statistics, factors and buffers that are columns of something."""
+    x = activation(2, 8, 5, 4, dtype=torch.float32)
+    columns = torch.rand(8, 4) + 0.5
+    norm = bn(8, dtype=torch.float32, gamma=columns[:, 0], beta=columns[:, 1])
+    known = Stats(columns[:, 2].double(), columns[:, 3])
+    last = conv(8, 8, 3, padding=(1, 1), dtype=torch.float32)
+    rows = (torch.rand(2, 3) + 0.5)[:, 1]
+    found = []
+    for backend in ("triton", "eager"):
+        buffers = torch.ones(8, 3)
+        own = norm._replace(running_mean=buffers[:, 0], running_var=buffers[:, 2], num_batches_tracked=torch.tensor(0))
+        out = preactivation(x, own, last, shortcut=x, row_scale=rows, stats=known, backend=backend)
+        found.append([out.detach(), buffers])
+    same(*found)
+
+
+def test_one_input_channel_and_a_stride(runner):
+    convs = (*random_bottleneck(1, 4, 8, dtype=torch.float32)[:3],)
+    projection = conv_bn(1, 8, stride=(2, 2), dtype=torch.float32)
+    convs = (convs[0], convs[1]._replace(stride=(2, 2)), convs[2])
+    x = activation(2, 1, 8, 8, dtype=torch.float32)
+    found = [
+        differentiated(lambda x, b=backend: conv_bn_add_relu(x, *convs, shortcut=projection, backend=b), [x])
+        for backend in ("triton", "eager")
+    ]
+    same(*found)
+
+
+def test_what_is_measured_on_a_gpu_runs(monkeypatch):
+    """Every line of the primitives' benchmark gives what the eager set gives."""
+    from benchmarks.primitives import _tensors, works
+
+    case = cases.BottleneckCase("tiny", 32, 8, 32, 6, batch=2)
+    with triton_kernels(monkeypatch):
+        sets = [dispatch.kernels(name, "cpu", torch.bfloat16) for name in ("triton", "eager")]
+        for name, work in works(case, torch.bfloat16, torch.device("cpu")).items():
+            for ours, theirs in zip(*(_tensors(work.call(k)) for k in sets), strict=True):
+                assert relative_error(ours, theirs) < 0.02, name
 
 
 def test_tf32_is_rounded_and_its_statistics_are_of_the_rounded(monkeypatch):

@@ -49,6 +49,28 @@ def test_the_whole_table(arch, kind, monkeypatch):
         assert meant <= taken, primitive
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", UNIT)
+@pytest.mark.parametrize("second", [False, True], ids=["tensor", "second product"])
+def test_the_most_operands(arch, second):
+    """A gated sum, weighed by sample, of the widest block."""
+    from resfuse.kernels.interface import Norm, Second, Sum, Want
+    from resfuse.kernels.triton.expand import expand
+    from resfuse.testing.triton.offline import compiled_for
+
+    def image(channels):
+        return torch.empty(2, 8, 8, channels, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+
+    narrow, wide, x = torch.empty(512), torch.empty(2048), image(2048)
+    weight = torch.empty(2048, 512, dtype=torch.bfloat16)
+    residual = Second(image(512), weight, wide, wide) if second else x
+    total = Sum(residual, True, 0.5, torch.empty(2), x)
+    with compiled_for(arch) as compiler:
+        expand(Norm(image(512), narrow, narrow), weight, wide, wide, total, Want(mask=True, stats=True))
+    (found,) = (k for k in compiler.kernels.values() if k.name == "_expand")
+    assert found.spills == 0 and not found.serialized, found
+
+
 def compiled(arch, kind, names):
     from resfuse.testing.triton.steps import compile_steps
 

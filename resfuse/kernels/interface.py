@@ -11,7 +11,8 @@ Conventions
     Storage dtype: float64, float32, bfloat16 or float16; "wide" is the accumulation dtype: float64 for float64
     storage, float32 for the others. Per-channel vectors and statistics are wide. Weights come in the storage dtype
     unless a primitive says otherwise.
-    Summation order is fixed: the same operands give the same bits (on a CPU for a given number of threads).
+    Summation order is fixed: the same operands give the same bits (on a CPU for a given number of threads), but for
+    the vendor's convolutions, which promise it only under `torch.use_deterministic_algorithms`.
     NaN and inf behave as in torch: ReLU keeps NaN, a masked-out gradient is 0 whatever it was.
     A primitive never writes to its operands; `update_running` alone writes, to the buffers it is given.
 """

@@ -25,6 +25,8 @@ def unsupported(device: str, dtype: torch.dtype) -> list[Reason]:
     if _launch.instead is not None:
         return reasons
     reasons += unavailable()
+    if torch.version.hip is not None:
+        reasons.append(Reason("device", "the Triton kernels are for NVIDIA GPUs, this torch is for AMD's"))
     if device != "cuda":
         reasons.append(Reason("device", f"the Triton kernels do not run on {device}"))
     elif torch.cuda.is_available() and torch.cuda.get_device_capability() < LEAST_CAPABILITY:

@@ -33,7 +33,7 @@ def launch(kernel: Callable, programs: int, like: Tensor, *args, **options) -> N
 
 
 def arch(like: Tensor) -> int:
-    """The architecture that the kernel is made for: 80, 89, 90, 100."""
+    """The architecture that the kernel is made for: 80, 86, 89, 90, 100 and so on."""
     return instead.arch if instead is not None else _arch(like.device.index)
 
 

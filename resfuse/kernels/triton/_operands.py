@@ -74,7 +74,7 @@ NO_GRAD = GradArgs(*12 * (None,))
 def act(a: Act) -> ActArgs:
     x, scale, shift, _ = a if isinstance(a, Norm) else (a, None, None, False)
     _check_stored(a=x)
-    return ActArgs(x, scale, shift, _view(x, "a"))
+    return ActArgs(x, vector(scale), vector(shift), _view(x, "a"))
 
 
 def relu(a: Act) -> bool:
@@ -88,12 +88,14 @@ def grad(g: Grad) -> GradArgs:
     dout, mask, row_scale, factor = dy if isinstance(dy, Masked) else (dy, None, None, 1.0)
     check_rows(g=dout)
     channels, pixels = dout.shape[1], _pixels(dout, row_scale)
-    weighed = (row_scale, factor) if row_scale is not None or factor != 1 else (None, None)
+    weighed = (vector(row_scale), factor) if row_scale is not None or factor != 1 else (None, None)
     if recipe is None:
         return GradArgs(dout, words(mask, channels), *weighed, pixels, *7 * (None,))
     z = recipe.z if recipe.shift is not None or recipe.slope is not None else None
     check_rows(z=z)
-    vectors = recipe.scale, recipe.shift, recipe.mean, recipe.mean_dy, recipe.slope, recipe.scale
+    vectors = map(
+        vector, (recipe.scale, recipe.shift, recipe.mean, recipe.mean_dy, recipe.slope, recipe.scale)
+    )
     return GradArgs(dout, words(mask, channels), *weighed, pixels, z, *vectors)
 
 
@@ -103,7 +105,7 @@ def total(s: Sum, like: Tensor, channels: int) -> SumArgs:
     if isinstance(residual, Second):
         residual = None
     if isinstance(residual, Norm):
-        residual, scale, shift, _ = residual
+        residual, scale, shift = residual.z, vector(residual.scale), vector(residual.shift)
     elif isinstance(residual, Padded):
         residual, before = residual.x, residual.before
         held = residual.shape[1]
@@ -114,7 +116,7 @@ def total(s: Sum, like: Tensor, channels: int) -> SumArgs:
     check_rows(gate=s.gate)
     factor = None if s.scale == 1 else s.scale
     pixels = _pixels(like, s.row_scale)
-    return SumArgs(residual, scale, shift, view, before, held, s.row_scale, s.gate, factor, pixels)
+    return SumArgs(residual, scale, shift, view, before, held, vector(s.row_scale), s.gate, factor, pixels)
 
 
 def words(mask: Tensor | None, channels: int) -> Tensor | None:
@@ -144,8 +146,8 @@ def check_rows(**tensors: Tensor | None) -> None:
 
 
 def vector(t: Tensor | None) -> Tensor | None:
-    """A vector as the kernels read it."""
-    return t if t is None or t.dtype == torch.float32 else t.float()
+    """A vector as the kernels read it: one value after the other."""
+    return t if t is None else t.contiguous()
 
 
 def precision(t: Tensor) -> str:
@@ -176,7 +178,7 @@ def _check_stored(**tensors: Tensor | None) -> None:
 def _view(t: Tensor, name: str) -> View | None:
     if t.is_contiguous(memory_format=torch.channels_last):
         return None
-    if t.stride(1) != 1:
+    if t.shape[1] > 1 and t.stride(1) != 1:
         raise Unsupported([Reason("layout", f"{name} is not channels_last, nor a strided view of it")])
     sample, _, line, pixel = t.stride()
     return View(t.shape[2] * t.shape[3], t.shape[3], sample, line, pixel)

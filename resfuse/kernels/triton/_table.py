@@ -46,7 +46,7 @@ FEW = "few channels fill no larger tile"
 TWO = "two blocks of eight warps on a multiprocessor: what one waits for, the other hides"
 VECTOR_UNITS = "float32 on the vector units: 16 sums a thread"
 FEW_ROWS = Rule(Tile(64, 32, 32, 4, 3, FEW), 2, 32)
-FLOAT32_ROWS = (Rule(Tile(32, 32, 32, 4, 2, FEW), 4, 32), Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4))
+FLOAT32_ROWS = (Rule(Tile(32, 32, 32, 8, 2, FEW), 4, 32), Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4))
 TABLE = {
     "conv_stats": (
         FEW_ROWS,
@@ -84,7 +84,7 @@ TABLE = {
         Rule(Tile(64, 64, 32, 4, 2, "float32 on the vector units: 32 sums a thread"), 4),
     ),
     "elements": (
-        Rule(Tile(128, 32, 0, 4, 1, FEW), None, 32),
+        Rule(Tile(64, 32, 0, 4, 1, FEW), None, 32),
         Rule(Tile(64, 64, 0, 4, 1, "128 bytes a row in 16 bits; 32 values a thread in flight"), None, 64),
         Rule(Tile(32, 128, 0, 4, 1, "256 bytes a row in 16 bits; 32 values a thread in flight")),
     ),

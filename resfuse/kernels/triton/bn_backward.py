@@ -5,6 +5,7 @@ from torch import Tensor
 from ..interface import Act, BNContext, BNGrad, Grad, Norm, Reason, Summed, Unsupported
 from . import _operands
 from .bn_reduce import bn_vectors, partial_sums
+from .select import written
 
 
 def bn_backward(dy: Grad | Summed, a: Act | None, z: Tensor, context: BNContext) -> tuple[BNGrad, Tensor, Tensor]:
@@ -13,6 +14,7 @@ def bn_backward(dy: Grad | Summed, a: Act | None, z: Tensor, context: BNContext)
     if isinstance(dy, Summed):
         dy, sums = dy
     else:
+        dy = written(dy) if isinstance(dy, BNGrad) else dy
         below = _operands.grad(dy)
         sums = partial_sums(below if a is None else below._replace(z=z, scale=a.scale, shift=a.shift), z, context.mean)
     dbeta, dgamma, mean_dy, slope, scale = bn_vectors(sums, _operands.rows(z), context)

@@ -66,15 +66,16 @@ def partial_sums(g: _operands.GradArgs, z: Tensor, mean: Tensor) -> Tensor:
     shares, each = _table.shares(count, tile.rows, columns)
     partial = torch.empty((shares, 2, channels), dtype=torch.float32, device=z.device)
     launch(
-        _bn_reduce, shares * columns, z, g, z, mean, partial, count, channels, -(-count // tile.rows), each,
-        EVEN_C=channels % tile.channels == 0, BLOCK_M=tile.rows, BLOCK_C=tile.channels, **tile.options,
+        _bn_reduce, shares * columns, z, g, z, _operands.vector(mean), partial, count, channels,
+        -(-count // tile.rows), each, EVEN_C=channels % tile.channels == 0, BLOCK_M=tile.rows, BLOCK_C=tile.channels,
+        **tile.options,
     )
     return partial
 
 
 def bn_vectors(partial: Tensor, count: int, context: BNContext) -> Tensor:
     """[5, C]: dbeta, dgamma, mean_dy, slope, scale, from the sums of shares of `count` rows."""
-    _, invstd, gamma, _ = context
+    invstd, gamma = _operands.vector(context.invstd), _operands.vector(context.gamma)
     shares, _, channels = partial.shape
     vectors = torch.empty((5, channels), dtype=torch.float32, device=partial.device)
     block = 16

@@ -75,7 +75,8 @@ def write(a: Act, weight: Tensor | None, scale: Tensor, shift: Tensor, total: Su
     channels, outputs, count = args.x.shape[1], scale.shape[0], _operands.rows(args.x)
     out = _operands.empty_rows(args.x, outputs)
     mask = out.new_empty((count, -(-outputs // 8)), dtype=torch.uint8) if want.mask else None
-    tile = _table.tile("expand", out.dtype, outputs, arch(out))
+    # A gate is one tile more in registers: as few channels at a time as a narrow block takes.
+    tile = _table.tile("expand", out.dtype, outputs if total.gate is None else min(outputs, 512), arch(out))
     blocks, columns = -(-count // tile.rows), -(-outputs // tile.channels)
     partial = torch.empty((blocks, 2, outputs), dtype=torch.float32, device=out.device) if want.stats else None
     second, beside = total.residual, (_operands.NO_ACT, None, None, None)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..interface import Affine, Stats
 from ._launch import launch
+from ._operands import vector
 
 
 @triton.jit
@@ -30,6 +31,7 @@ def finalize(stats: Stats, gamma: Tensor | None, beta: Tensor | None, eps: float
     channels, block = stats.mean.shape[0], 256
     affine = torch.empty((3, channels), dtype=torch.float32, device=stats.mean.device)
     launch(
-        _finalize, -(-channels // block), affine, *stats, gamma, beta, affine, eps, channels, BLOCK=block, num_warps=4
+        _finalize, -(-channels // block), affine, *map(vector, (*stats, gamma, beta)), affine, eps, channels,
+        BLOCK=block, num_warps=4,
     )
     return Affine(*affine)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..interface import RunningUpdate
 from ._launch import launch
+from ._operands import vector
 
 
 class UpdateArgs(NamedTuple):
@@ -61,7 +62,14 @@ def update_running(updates: Sequence[RunningUpdate]) -> None:
     if not updates:
         return
     args = tuple(
-        UpdateArgs(*stats, *buffers, momentum, count / (count - 1), stats.mean.shape[0])
-        for stats, count, *buffers, momentum in updates
+        UpdateArgs(
+            *map(vector, (*stats, *buffers)), tracked, momentum, count / (count - 1), stats.mean.shape[0]
+        )
+        for stats, count, *buffers, tracked, momentum in updates
     )
     launch(_update_running, len(args), updates[0].stats.mean, args, COUNT=len(args), BLOCK=256, num_warps=1)
+    for update, done in zip(updates, args, strict=True):
+        for name in ("running_mean", "running_var"):
+            buffer, value = getattr(update, name), getattr(done, name)
+            if value is not buffer:  # a buffer that is a strided view
+                buffer.copy_(value)
