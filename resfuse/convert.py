@@ -156,6 +156,9 @@ def report(model: nn.Module, *, input_size: tuple[int, int, int, int] = (1, 3, 2
         if isinstance(module, FusedMixin):
             counts = module.resfuse_state.fallbacks
             result.fallbacks += [(fqn, code, text, count) for code, (count, text) in counts.items()]
+    backends = {module.resfuse_state.backend for _, module, _ in survey if isinstance(module, FusedMixin)}
+    for name in sorted(backends & set(dispatch.UNPROVEN)):
+        result.notes.append(Reason("unproven", f"kernel set {name}: {dispatch.kernel_set(name).STATUS}"))
     result.kernels = [(primitive, name, *reason) for primitive, name, reason in dispatch.fallbacks()]
     return result
 

@@ -255,6 +255,18 @@ def test_covariance_keeps_digits_where_means_are_large():
     assert error < 3e-6 < (uncentred.double() - exact).norm() / exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_covariance_of_16_bits_where_means_are_large(dtype):
+    """Means of 30 standard deviations cost no more than a rounding of the values does."""
+    if dtype not in STORED[primitive.kernel_set]:
+        pytest.skip(f"dtype: the kernel set {primitive.kernel_set} does not store {dtype}")
+    y = (activation(8, 6, 32, 32, dtype=torch.float32) + 30).to(dtype)
+    _, cov = primitive("covariance")(y)
+    rows = matrix(y)
+    exact = (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / len(rows)
+    assert (cov.double() - exact).norm() / exact.norm() < torch.finfo(dtype).eps
+
+
 def test_expand_stats_are_the_products_statistics(shape, dtype):
     recipe, y = norm_of(shape, dtype)
     w = weight(9, shape[1], dtype)

@@ -245,6 +245,11 @@ def test_what_the_set_refuses(monkeypatch):
             select(Masked(x[:, :, ::2], None, None, 2.0))
 
 
+def test_the_report_says_unproven(runner):
+    block = fuse(cases.make_block(cases.CASES["small-identity"]))
+    assert [note.code for note in resfuse.report(block).notes] == ["unproven"]
+
+
 def test_rows_begin_beyond_two_to_the_31(monkeypatch):
     @triton.jit
     def starts(view, out, first, channels):
