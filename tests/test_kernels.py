@@ -44,6 +44,7 @@ REFUSALS = {"weighed_second", "dtype", "device", "vector"}
     autouse=True,
     params=[
         "eager", "eager, many parts", pytest.param("cpu", marks=NATIVE), pytest.param("triton", marks=TRITON),
+        pytest.param("triton, windows", marks=TRITON),
         pytest.param("triton, gpu", marks=[TRITON, pytest.mark.gpu]),
     ],  # fmt: skip
 )
@@ -51,7 +52,10 @@ def kernel_set(request, monkeypatch):
     name, _, how = request.param.partition(", ")
     monkeypatch.setitem(_rows._PART_ELEMENTS, "cpu", 40 if how == "many parts" else 1 << 19)
     monkeypatch.setattr(primitive, "kernel_set", name)
-    with triton_kernels(monkeypatch, gpu=how == "gpu") if name == "triton" else nullcontext():
+    if how == "windows" and "conv" not in request.node.name:
+        pytest.skip("windows: these kernels are of convolutions alone")
+    windows = how in ("windows", "gpu")
+    with triton_kernels(monkeypatch, gpu=how == "gpu", windows=windows) if name == "triton" else nullcontext():
         yield name
 
 

@@ -98,12 +98,14 @@ def activation(n, c, h, w, *, dtype=torch.float64, channels_last=True, seed=0) -
 
 
 @contextmanager
-def triton_kernels(monkeypatch, gpu: bool = False, tf32: bool = False):
+def triton_kernels(monkeypatch, gpu: bool = False, tf32: bool = False, windows: bool = False):
     """The Triton set serves the CPU's tensors: interpreted, or on a GPU between margins. Float32 products are exact, or
-    as torch's convolutions take them on a GPU."""
+    as torch's convolutions take them on a GPU. windows: convolutions that are not 1x1 are its own."""
+    from resfuse.kernels.triton import _table
     from resfuse.testing.triton.interpreter import interpreted
     from resfuse.testing.triton.runners import OnGPU, instead
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    monkeypatch.setattr(_table, "ours", lambda kernel, arch: windows)
     with instead(OnGPU()) if gpu else interpreted() as runner:
         yield runner

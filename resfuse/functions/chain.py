@@ -82,16 +82,18 @@ def backward_inner(
     they are read.
     """
     a, da = came.pop(), came.pop()
-    masked, found = chain[-1].form == COVARIANCE, [NONE] * (len(chain) - 1)
+    masked = chain[-1].form == COVARIANCE or isinstance(da, Summed)
+    found = [NONE] * (len(chain) - 1)
     for i in reversed(range(len(found))):
         if not lower[i + 1]:
             break
         unit, t = chain[i], tensors[i]
         dz, dgamma, dbeta = units.backward_norm(k, unit, t, kept[i], da, zs[i], None if masked else a)
         da = a = None  # before their successors are made
-        masked = False
         a = activation(k, i, first, zs, kept)
-        da, dweight = units.backward_conv(k, unit, t, dz, a, add if i == 0 else None, lower[i], needs[i].weight)
+        below = kept[i - 1].mean if i > 0 else None
+        da, dweight = units.backward_conv(k, unit, t, dz, a, add if i == 0 else None, lower[i], needs[i].weight, below)
+        masked = isinstance(da, Summed)
         del dz
         found[i] = units.gradients(unit, t, kept[i], dweight, dgamma, dbeta)
     return (da if lower[0] else None), a, found

@@ -155,35 +155,37 @@ def backward(
     """The gradient of the unit's input and of its parameters, in any form.
 
     z: its kept output (form `keep`); y: its activated output where g still is to be masked by that, else None; below:
-    what the BatchNorm and ReLU that made the input kept, if there were any: in covariance form, where that is free, the
-    ReLU masks the gradient. add: another path's gradient of the same input, which is left to the caller in covariance
-    form.
+    what the BatchNorm and ReLU that made the input kept, if there were any: the ReLU masks the gradient in covariance
+    form, where that is free, and elsewhere if it comes as `Summed`. add: another path's gradient of the same input,
+    which is left to the caller in covariance form.
     """
     if unit.form == COVARIANCE:
         return backward_covariance(kernels, unit, t, kept, g, a, below, needs_input, needs)
+    mean = None if below is None else below.mean
     if unit.form == LINEAR:
         dz = kernels.prepare(g)
         dweight, dbias = None, None
         if t.bias is not None and needs.bias:
             dz = kernels.select(dz) if isinstance(dz, Masked) else dz
             dbias = dz.sum((0, 2, 3), dtype=wide(dz.dtype)).to(t.bias.dtype)
-        da, dweight = backward_conv(kernels, unit, t, dz, a, add, needs_input, needs.weight)
+        da, dweight = backward_conv(kernels, unit, t, dz, a, add, needs_input, needs.weight, mean)
         dweight = None if dweight is None else dweight.view(t.weight.shape).to(t.weight.dtype)
         return da, Gradients(dweight, dbias, None, None)
     if unit.form == RECOMPUTE:
         z = raw(kernels, unit, t, a)
     dz, dgamma, dbeta = backward_norm(kernels, unit, t, kept, g, z, y)
-    da, dweight = backward_conv(kernels, unit, t, dz, a, add, needs_input, needs.weight)
+    da, dweight = backward_conv(kernels, unit, t, dz, a, add, needs_input, needs.weight, mean)
     return da, gradients(unit, t, kept, dweight, dgamma, dbeta)
 
 
 def backward_conv(
-    kernels, unit: Unit, t: Tensors, dz: Grad, a: Act, add: Addend, needs_input: bool, needs_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(da + add, dweight) of the unit's convolution."""
+    kernels, unit: Unit, t: Tensors, dz: Grad, a: Act, add: Addend, needs_input: bool, needs_weight: bool,
+    mean: Tensor | None = None,
+) -> tuple[Tensor | Summed | None, Tensor | None]:
+    """(da + add, dweight) of the unit's convolution; mean: of the BatchNorm that made a."""
     weight = t.weight.to(dtype_of(a))
     needs = needs_input, needs_weight
-    return kernels.conv_backward(dz, a, weight, unit.geometry, add if needs_input else None, needs)
+    return kernels.conv_backward(dz, a, weight, unit.geometry, add if needs_input else None, needs, mean)
 
 
 def backward_norm(

@@ -337,11 +337,13 @@ class KernelSet(Protocol):
         """
 
     def conv_backward(
-        self, grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool],
+        mean: Tensor | None = None,
+    ) -> tuple[Tensor | Summed | None, Tensor | None]:
         """(da + add, dweight) of a convolution, each None if not needed. da in storage, dweight wide or storage.
 
-        `add` is the other path's gradient into the same activation (the shortcut's).
+        `add` is the other path's gradient into the same activation (the shortcut's). mean: that of the BatchNorm under
+        a's ReLU, where there is no addend; a set that can in the same pass masks da by the ReLU and gives `Summed`.
         """
 
 

@@ -17,7 +17,8 @@ NO_ADDEND = (None, None, None, 1.0)
 
 
 def conv_backward(
-    grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool]
+    grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool],
+    mean: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     gradient, activation = _operands.gradient(grad), _operands.act(a)
     stride, padding, dilation, _ = geometry

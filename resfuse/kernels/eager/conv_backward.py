@@ -8,7 +8,8 @@ from .prepare import prepare
 
 
 def conv_backward(
-    grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool]
+    grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool],
+    mean: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     da, dweight = conv_grads(prepare(grad), prepare(a), weight, geometry, needs)
     if da is not None and add is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,23 @@ class SumArgs(NamedTuple):
     pixels: int | None
 
 
+class WindowArgs(NamedTuple):
+    """Sizes of a tensor and of what its windows give, and the windows' geometry: size, stride, padding, dilation."""
+
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    rows: int
+    columns: int
+    down: int
+    right: int
+    top: int
+    left: int
+    apart: int
+    across: int
+
+
 # What a kernel may do without comes as a tuple of nothing: a tuple itself cannot be compared with None there.
 NO_ACT = ActArgs(*4 * (None,))
 NO_GRAD = GradArgs(*12 * (None,))
@@ -117,6 +135,11 @@ def total(s: Sum, like: Tensor, channels: int) -> SumArgs:
     factor = None if s.scale == 1 else s.scale
     pixels = _pixels(like, s.row_scale)
     return SumArgs(residual, scale, shift, view, before, held, vector(s.row_scale), s.gate, factor, pixels)
+
+
+def window_args(x: Tensor, out_height: int, out_width: int, geometry: Sequence[tuple[int, int]]) -> WindowArgs:
+    """geometry: size, stride, padding, dilation, each (height, width)."""
+    return WindowArgs(*x.shape[2:], out_height, out_width, *(side for pair in geometry for side in pair))
 
 
 def words(mask: Tensor | None, channels: int) -> Tensor | None:

@@ -70,6 +70,21 @@ TABLE = {
         FEW_ROWS,
         Rule(Tile(64, 64, 32, 8, 3, f"as below, of 64 channels; {TWO}"), 2, 64),
         Rule(Tile(64, 128, 32, 8, 3, f"a recipe of two tensors and a mask in registers; {TWO}"), 2),
+        FLOAT32_ROWS[0],
+        Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4, None, 90),
+        Rule(Tile(64, 32, 32, 8, 2, "before Hopper tf32 leaves fewer registers for the sums"), 4),
+    ),
+    "conv_window": (
+        FEW_ROWS,
+        Rule(Tile(128, 64, 32, 8, 3, TWO), 2, 64),
+        Rule(Tile(128, 64, 32, 8, 3, "the sums come from tensor memory, and wider ones spill"), 2, None, 100),
+        Rule(Tile(128, 128, 64, 8, 3, "arithmetic weighs more: the largest tile whose sums stay in registers"), 2),
+        *FLOAT32_ROWS,
+    ),
+    "conv_window_dgrad": (
+        FEW_ROWS,
+        Rule(Tile(128, 64, 32, 8, 3, f"a recipe of two tensors in registers; {TWO}"), 2, 64),
+        Rule(Tile(64, 128, 32, 8, 3, f"as above, of more channels; {TWO}"), 2),
         *FLOAT32_ROWS,
     ),
     "covariance": (
@@ -96,6 +111,16 @@ TABLE = {
 # Programs that share the rows of a sum, all channels together: a few on each multiprocessor of the largest GPUs. A
 # constant, so that results do not depend on which GPU computes them.
 SHARES = 528
+
+
+# Convolutions with a window that are ours rather than the vendor's, by kernel and architecture: where a measurement on
+# such a GPU says that ours is faster. None does yet.
+WINDOWS: frozenset[tuple[str, int]] = frozenset()
+
+
+def ours(kernel: str, arch: int) -> bool:
+    """Whether a window's kernel is ours there."""
+    return (kernel, arch) in WINDOWS
 
 
 def tile(primitive: str, dtype: torch.dtype, channels: int, arch: int) -> Tile:

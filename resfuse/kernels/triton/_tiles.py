@@ -101,9 +101,10 @@ def store_bits(keep, mask, index, first, inside, channels, BLOCK_M: tl.constexpr
 
 @triton.jit
 def load_grad(
-    g, index, first, inside, channels, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+    g, index, first, inside, channels, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, valid=None
 ):
-    """A tile of a `Grad`, in storage dtype; its columns begin at `first`."""
+    """A tile of a `Grad`, in storage dtype; its columns begin at `first`. valid: [rows] of 1, and 0 where the row is
+    padding, which is 0 then: what would be said by a predicate between the recipe and a product that reads it."""
     cols = first + tl.arange(0, BLOCK_K)
     starts = index.to(tl.int64) * channels
     t = load_tile(g.dout, starts, cols, inside, channels, EVEN)
@@ -125,9 +126,10 @@ def load_grad(
             y = activate(z, scale, load_vector(g.shift, cols, channels, EVEN), False)
             t = tl.where(y <= 0, 0.0, t)
         if g.slope is not None:
-            centred = z.to(tl.float32) - load_vector(g.mean, cols, channels, EVEN)
-            slope = load_vector(g.slope, cols, channels, EVEN)
-            t = t - load_vector(g.mean_dy, cols, channels, EVEN) - centred * slope
+            mean, mean_dy = load_vector(g.mean, cols, channels, EVEN), load_vector(g.mean_dy, cols, channels, EVEN)
+            if valid is not None:
+                mean, mean_dy = mean * valid[:, None], mean_dy * valid[:, None]
+            t = t - mean_dy - (z.to(tl.float32) - mean) * load_vector(g.slope, cols, channels, EVEN)
     if g.times is not None:
         t = t.to(tl.float32) * load_vector(g.times, cols, channels, EVEN)
     return t.to(dtype)

@@ -3,8 +3,6 @@
 Reads z as often as windows overlap, mostly from a cache; writes the maxima and a byte for each.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -14,28 +12,6 @@ from ..interface import Norm, Window
 from . import _operands, _table
 from ._launch import arch, launch
 from ._tiles import activate, load_vector
-
-
-class WindowArgs(NamedTuple):
-    """Sizes of the pooled tensor and of its input, and the window's geometry."""
-
-    height: int
-    width: int
-    out_height: int
-    out_width: int
-    rows: int
-    columns: int
-    down: int
-    right: int
-    top: int
-    left: int
-    apart: int
-    across: int
-
-
-def window_args(z: Tensor, out_height: int, out_width: int, window: Window) -> WindowArgs:
-    size, stride, padding, dilation, _ = window
-    return WindowArgs(*z.shape[2:], out_height, out_width, *size, *stride, *padding, *dilation)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -83,7 +59,7 @@ def bn_relu_max_pool(a: Norm, window: Window) -> tuple[Tensor, Tensor]:
     count, tile = _operands.rows(out), _table.tile("max_pool", z.dtype, channels, arch(z))
     launch(
         _bn_relu_max_pool, -(-count // tile.rows) * -(-channels // tile.channels), z, z, a.scale, a.shift, out, argmax,
-        window_args(z, height, width, window), count, channels, EVEN_C=channels % tile.channels == 0,
+        _operands.window_args(z, height, width, window[:4]), count, channels, EVEN_C=channels % tile.channels == 0,
         BLOCK_M=tile.rows, BLOCK_C=tile.channels, **tile.options,
     )
     return out, argmax

@@ -13,7 +13,6 @@ from ..interface import BNContext, Grad, Norm, Window
 from . import _operands, _table
 from ._launch import arch, launch
 from .bn_backward import bn_backward
-from .bn_relu_max_pool import window_args
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -53,7 +52,7 @@ def bn_relu_max_pool_backward(
     tile = _table.tile("max_pool", z.dtype, channels, arch(z))
     launch(
         _max_pool_backward, -(-count // tile.rows) * -(-channels // tile.channels), z, dout, argmax, dy,
-        window_args(z, *dout.shape[2:], window), count, channels, BLOCK_M=tile.rows, BLOCK_C=tile.channels,
-        **tile.options,
+        _operands.window_args(z, *dout.shape[2:], window[:4]), count, channels, BLOCK_M=tile.rows,
+        BLOCK_C=tile.channels, **tile.options,
     )
     return bn_backward(dy, a._replace(relu=True), z, context)

@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import Act, Addend, BNGrad, Geometry, Grad, Masked, Strided
+from ..interface import Act, Addend, BNGrad, Geometry, Grad, Masked, Strided, Summed
 from ..vendor import conv_grads
 from . import _operands, _table
 from ._launch import arch, launch
 from ._outer_product import outer_product
 from ._tiles import add_grad_product, load_grad
+from ._window import conv_window_dgrad, conv_window_wgrad
 from .conv_stats import is_product, materialised
 from .select import written
 
@@ -70,10 +71,11 @@ def _conv_dgrad(
 
 
 def conv_backward(
-    grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
+    grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool],
+    mean: Tensor | None = None,
+) -> tuple[Tensor | Summed | None, Tensor | None]:
     if not is_product(weight, geometry) or geometry.stride != (1, 1):
-        return _by_vendor(grad, a, weight, geometry, add, needs)
+        return _window(grad, a, weight, geometry, add, needs, mean)
     da = dweight = None
     if needs[0]:
         da = _dgrad(grad, weight.flatten(1).contiguous(), add)
@@ -107,11 +109,21 @@ def _strided(add: Strided, whole: Tensor) -> StridedArgs:
     return StridedArgs(compact, *add.stride, width, height * width, across, down * across)
 
 
-def _by_vendor(
-    grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    dz = written(grad) if isinstance(grad, Masked | BNGrad) else grad
-    da, dweight = conv_grads(dz, materialised(a), weight, geometry, needs)
+def _window(
+    grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool], mean: Tensor | None
+) -> tuple[Tensor | Summed | None, Tensor | None]:
+    """The gradients of another window than 1x1, each by whoever was measured faster."""
+    da = dweight = None
+    made = arch(weight)
+    if needs[0] and geometry.groups == 1 and geometry.stride == (1, 1) and _table.ours("conv_window_dgrad", made):
+        da = conv_window_dgrad(grad, a, weight, geometry, mean if add is None else None)
+    if needs[1] and geometry.groups == 1 and _table.ours("conv_window_wgrad", made):
+        dweight = conv_window_wgrad(grad, a, weight, geometry)
+    rest = needs[0] and da is None, needs[1] and dweight is None
+    if any(rest):
+        dz = written(grad) if isinstance(grad, Masked | BNGrad) else grad
+        theirs = conv_grads(dz, materialised(a), weight, geometry, rest)
+        da, dweight = theirs[0] if rest[0] else da, theirs[1] if rest[1] else dweight
     if da is not None and isinstance(add, Strided):
         down, right = add.stride
         da[:, :, ::down, ::right] += add.compact

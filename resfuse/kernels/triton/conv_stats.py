@@ -15,6 +15,7 @@ from . import _operands, _table
 from ._launch import arch, launch
 from ._moments import merge_moments, store_moments, tile_moments
 from ._tiles import add_act_product, row_starts
+from ._window import conv_window
 from .apply import apply
 from .bn_stats import bn_stats
 
@@ -48,6 +49,8 @@ def _conv_stats(
 
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
     if not is_product(weight, geometry):
+        if _table.ours("conv_window", arch(weight)):
+            return conv_window(a, weight, geometry, stats)
         z = conv(materialised(a), weight, geometry)
         return z, bn_stats(z) if stats else None
     (down, right), matrix = geometry.stride, weight.flatten(1).contiguous()

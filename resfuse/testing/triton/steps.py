@@ -10,6 +10,7 @@ import torch
 
 import resfuse
 
+from ...kernels.triton import _table
 from ..cases import CASES, Case, make_block, make_gradient, make_input
 from .offline import Compiler, compiled_for
 
@@ -23,22 +24,23 @@ BATCH = 32  # enough rows for the form that large batches take
 
 
 def compile_steps(
-    arch: int, dtype: torch.dtype, names: Iterable[str], tf32: bool = False, batch: int = BATCH
+    arch: int, dtype: torch.dtype, names: Iterable[str], tf32: bool = False, batch: int = BATCH, windows: bool = False
 ) -> Compiler:
     """What the Triton set launches in a training step of each case, compiled for an architecture.
 
     dtype: float32, or that of autocast; tf32: how torch's convolutions take float32 products; batch: of the cases that
-    are not small.
+    are not small; windows: convolutions that are not 1x1 by our kernels.
     """
-    before = torch.backends.cudnn.allow_tf32
+    before, chosen = torch.backends.cudnn.allow_tf32, _table.ours
     torch.backends.cudnn.allow_tf32 = tf32
+    _table.ours = lambda kernel, arch: windows
     try:
         with compiled_for(arch) as compiler:
             for name in names:
                 _step(CASES[name], dtype, batch)
         return compiler
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cudnn.allow_tf32, _table.ours = before, chosen
 
 
 def _step(case: Case, dtype: torch.dtype, batch: int) -> None:
