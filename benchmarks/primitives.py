@@ -21,7 +21,7 @@ from resfuse.testing.cases import BottleneckCase, make_block, make_gradient, mak
 from resfuse.testing.timing import interleave, summary
 from resfuse.testing.tolerances import relative_error
 
-POINTWISE = Geometry((1, 1), (0, 0), (1, 1), 1)
+POINTWISE, WINDOW = Geometry((1, 1), (0, 0), (1, 1), 1), Geometry((1, 1), (1, 1), (1, 1), 1)
 
 
 class Work(NamedTuple):
@@ -37,6 +37,23 @@ def sets(device: torch.device, dtype: torch.dtype) -> dict[str, SimpleNamespace]
     names = [name for name in dispatch.ORDER if not dispatch.missing(name, device.type, dtype)]
     names += ["auto"] if device.type == "cpu" else []
     return {name: dispatch.kernels(name, device.type, dtype) for name in names}
+
+
+def with_windows(k: SimpleNamespace) -> SimpleNamespace:
+    """The Triton set with its own convolutions in place of the vendor's."""
+    from resfuse.kernels.triton import _table
+
+    def patched(function: Callable) -> Callable:
+        def call(*args):
+            before, _table.ours = _table.ours, lambda kernel, arch: True
+            try:
+                return function(*args)
+            finally:
+                _table.ours = before
+
+        return call
+
+    return SimpleNamespace(conv_stats=patched(k.conv_stats), conv_backward=patched(k.conv_backward))
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, size: int, side: int) -> dict[str, Callable[[], object]]:
@@ -74,6 +91,7 @@ def works(case: BottleneckCase, dtype: torch.dtype, device: torch.device) -> dic
     products, sums = torch.randn(wide, narrow, generator=generator, device=device), vector(wide)
     q, one, c = matrix(narrow, narrow), torch.ones((), device=device), vector(narrow)
     one_wide, filters = count * wide * narrow * 2, w1[:, :, None, None]
+    square = matrix(narrow, 9 * narrow).view(narrow, narrow, 3, 3)
     big, small, bits = x.nbytes, z1.nbytes, mask.nbytes
     return {
         "conv_stats": Work(lambda k: k.conv_stats(x, filters, POINTWISE, True), big + small, one_wide),
@@ -100,6 +118,17 @@ def works(case: BottleneckCase, dtype: torch.dtype, device: torch.device) -> dic
         "conv_backward, weight": Work(
             lambda k: k.conv_backward(dz1, x, filters, POINTWISE, None, (False, True))[1], big + 2 * small, one_wide
         ),
+        "3x3 conv_stats": Work(
+            lambda k: k.conv_stats(y1, square, WINDOW, True), 2 * small, 18 * count * narrow**2
+        ),
+        "3x3 conv_backward, input": Work(
+            lambda k: k.conv_backward(dz1, y2, square, WINDOW, None, (True, False))[0],
+            4 * small, 18 * count * narrow**2,
+        ),
+        "3x3 conv_backward, weight": Work(
+            lambda k: k.conv_backward(dz1, y2, square, WINDOW, None, (False, True))[1],
+            3 * small, 18 * count * narrow**2,
+        ),
         "finalize": Work(lambda k: k.finalize(Stats(mean, var), scale, shift, 1e-5), 0, 0),
         "expand_stats": Work(lambda k: k.expand_stats(w3, mean, cov), 0, 2 * wide * narrow**2),
         "expand_coefficients": Work(
@@ -120,11 +149,13 @@ def measure(
     copy, matmul = 2 * size / limits["copy"], 2 * side**3 / limits["matmul"]
     for name, work in works(case, dtype, device).items():
         exact = list(_tensors(work.call(kernels["eager"])))
-        errors = {}
-        for chosen, k in kernels.items():
+        errors, candidates = {}, dict(kernels)
+        if "3x3" in name and "triton" in kernels:
+            candidates["triton, own windows"] = with_windows(kernels["triton"])
+        for chosen, k in candidates.items():
             found = zip(_tensors(work.call(k)), exact, strict=True)
             errors[chosen] = max(relative_error(ours, theirs) for ours, theirs in found)
-        times = interleave({chosen: lambda k=k: work.call(k) for chosen, k in kernels.items()}, **rounds)  # noqa: B023
+        times = interleave({chosen: lambda k=k: work.call(k) for chosen, k in candidates.items()}, **rounds)  # noqa: B023
         for chosen, each in times.items():
             middle, low, high, count = summary(each)
             row = {
