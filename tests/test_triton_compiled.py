@@ -100,6 +100,8 @@ def check(kernels, arch, kind, products=PRODUCTS):
         # Whole tiles spill nothing. Where columns have masks, the assembler gives up a few bytes for one block more.
         assert k.spills == 0 if k.even else k.spills <= 64, k
         assert not k.serialized, k
+        if k.name not in ("_tiles_of_q", "_columns_of_q"):
+            assert "max" not in k.instructions, f"a ReLU that drops NaN, which the interpreter does not: {k}"
         assert k.shared <= SHARED_LIMIT[arch] and k.blocks >= 1, k
         if k.even and k.name in WRITERS:
             assert k.instructions.get("st 16"), k

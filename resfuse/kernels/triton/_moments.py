@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..interface import Stats
 from ._launch import launch
+from ._tiles import load_vector
 
 # Shares that a merging program reads at once: many loads in flight, since there is little else to hide behind.
 BLOCK_S = 64
@@ -29,6 +30,21 @@ def store_moments(partial, share, cols, channels, mean, squares):
     at = partial + share.to(tl.int64) * (2 * channels) + cols
     tl.store(at, mean, mask=cols < channels)
     tl.store(at + channels, squares, mask=cols < channels)
+
+
+@triton.jit
+def store_gradient(
+    da, partial, t, x, mean, block, index, cols, inside, channels, EVEN: tl.constexpr
+):  # fmt: skip
+    """Store a gradient's tile in storage dtype, and the sums of it and of it times (x - mean) as its block's share, if
+    partial [blocks of rows, 2, channels] is given."""
+    t = t.to(da.dtype.element_ty)
+    held = inside[:, None] if EVEN else inside[:, None] & (cols < channels)[None, :]
+    tl.store(da + index.to(tl.int64)[:, None] * channels + cols[None, :], t, mask=held)
+    if partial is not None:
+        dy = tl.where(inside[:, None], t.to(tl.float32), 0.0)
+        along = dy * (x.to(tl.float32) - load_vector(mean, cols, channels, EVEN))
+        store_moments(partial, block, cols, channels, tl.sum(dy, 0), tl.sum(along, 0))
 
 
 @triton.jit(do_not_specialize=["shares", "group", "rows_each", "M"])

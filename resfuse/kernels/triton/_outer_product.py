@@ -59,7 +59,7 @@ def _outer_product(
 def _merge(
     products, sums,  # of shares
     mean,  # [C] float32, or None: still to be subtracted
-    result,  # [K, C] float32, or in storage dtype
+    result,  # [K, C] float32
     total,  # [K] float32, or None
     shares, K, C,
     BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -73,33 +73,34 @@ def _merge(
         if mean is not None:
             value -= along * tl.load(mean + col, mask=inside)
         tl.store(total + row, along, mask=inside & (col == 0))
-    tl.store(result + element, value.to(result.dtype.element_ty), mask=inside)
+    tl.store(result + element, value, mask=inside)
 
 
-def outer_product(
-    g: Grad, a: Act, mean: Tensor | None, dtype: torch.dtype, sums: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(g.T @ (a - mean) [K, C] in dtype, sum(g) [K] float32 if asked)."""
+def outer_product(g: Grad, a: Act, mean: Tensor | None, sums: bool) -> tuple[Tensor, Tensor | None]:
+    """(g.T @ (a - mean) [K, C], sum(g) [K] if asked), float32."""
     left, right = _operands.grad(g), _operands.act(a)
     x, count, outer, inner = right.x, _operands.rows(right.x), left.dout.shape[1], right.x.shape[1]
     centred = mean is not None and x.dtype == torch.float32
     tile = _table.tile("outer_product", x.dtype, inner, arch(x))
     tiles = -(-outer // tile.rows) * -(-inner // tile.channels)
     shares, each = _table.shares(count, tile.depth, tiles)
-    device = {"dtype": torch.float32, "device": x.device}
-    products, partial = torch.empty((shares, outer, inner), **device), None
-    total = None
-    if sums:
-        partial, total = torch.empty((shares, outer), **device), torch.empty(outer, **device)
+    products = torch.empty((shares, outer, inner), dtype=torch.float32, device=x.device)
+    partial = products.new_empty((shares, outer)) if sums else None
     launch(
         _outer_product, shares * tiles, x, left, right, mean if centred else None, products, partial, count, outer,
         inner, -(-count // tile.depth), each, RELU=_operands.relu(a), EVEN_K=outer % tile.rows == 0,
         EVEN_C=inner % tile.channels == 0, PRECISION=_operands.precision(x), BLOCK_M=tile.depth, BLOCK_K=tile.rows,
         BLOCK_C=tile.channels, **tile.options,
     )
-    result = torch.empty((outer, inner), dtype=dtype, device=x.device)
+    return merge_products(products, partial, None if centred else mean)
+
+
+def merge_products(products: Tensor, sums: Tensor | None, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Sums over shares of products [shares, K, C], less sum(g) mean.T if a mean is given, and of sums [shares, K]."""
+    shares, outer, inner = products.shape
+    result, total = products.new_empty((outer, inner)), None if sums is None else products.new_empty(outer)
     launch(
-        _merge, -(-result.numel() // 64), x, products, partial, None if centred else mean, result, total, shares,
-        outer, inner, BLOCK_S=32, BLOCK_E=64, num_warps=4,
+        _merge, -(-result.numel() // 64), products, products, sums, mean, result, total, shares, outer, inner,
+        BLOCK_S=32, BLOCK_E=64, num_warps=4,
     )
     return result, total

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..interface import Act, Geometry, Grad, Norm, Stats, Summed
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import fewer_shares, merge_moments, store_moments, sum_shares, tile_moments
+from ._moments import fewer_shares, merge_moments, store_gradient, tile_moments
+from ._outer_product import merge_products
 from ._tiles import activate, as_read, load_grad, load_tile, load_vector, rectify
 
 
@@ -119,17 +120,12 @@ def _conv_window_dgrad(
             f = tl.load(at, mask=(depth < K)[:, None] & (cols < C)[None, :], other=0.0)
         acc = tl.dot(as_read(t, PRECISION), as_read(f, PRECISION), acc, input_precision=PRECISION)
     acc += 0.0
+    x = acc
     if a.x is not None:
         x = load_tile(a.x, index.to(tl.int64) * C, cols, inside, C, EVEN_C)
         y = activate(x, load_vector(a.scale, cols, C, EVEN_C), load_vector(a.shift, cols, C, EVEN_C), True)
         acc = tl.where(y <= 0, 0.0, acc)
-    t = acc.to(da.dtype.element_ty)
-    held = inside[:, None] if EVEN_C else inside[:, None] & (cols < C)[None, :]
-    tl.store(da + index.to(tl.int64)[:, None] * C + cols[None, :], t, mask=held)
-    if partial is not None:
-        dy = tl.where(inside[:, None], t.to(tl.float32), 0.0)
-        along = dy * (x.to(tl.float32) - load_vector(mean, cols, C, EVEN_C))
-        store_moments(partial, block, cols, C, tl.sum(dy, 0), tl.sum(along, 0))
+    store_gradient(da, partial, acc, x, mean, block, index, cols, inside, C, EVEN_C)
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "each"])
@@ -167,13 +163,6 @@ def _conv_window_wgrad(
     held = (outer < K)[:, None] & (inner < C)[None, :]
     at = products + share.to(tl.int64) * K * taps * C + outer[:, None] * (taps * C) + (tap * C + inner)[None, :]
     tl.store(at, acc, mask=held)
-
-
-@triton.jit(do_not_specialize=["shares"])
-def _add_shares(products, result, shares, E, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
-    # products [shares, E], result [E] float32
-    element = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    tl.store(result + element, sum_shares(products, shares, E, element, E, BLOCK_S, BLOCK_E), mask=element < E)
 
 
 def conv_window(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
@@ -237,12 +226,8 @@ def conv_window_wgrad(grad: Grad, a: Act, weight: Tensor, geometry: Geometry) ->
         EVEN_C=inner % tile.channels == 0, PRECISION=_operands.precision(right.x), BLOCK_M=tile.depth,
         BLOCK_K=tile.rows, BLOCK_C=tile.channels, **tile.options,
     )
-    result = products.new_empty((outer, *size, inner))
-    launch(
-        _add_shares, -(-result.numel() // 64), right.x, products, result, shares, result.numel(), BLOCK_S=32,
-        BLOCK_E=64, num_warps=4,
-    )
-    return result.permute(0, 3, 1, 2)
+    result, _ = merge_products(products.view(shares, outer, taps * inner), None, None)
+    return result.view(outer, *size, inner).permute(0, 3, 1, 2)
 
 
 def out_size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:

@@ -80,7 +80,7 @@ def conv_backward(
     if needs[0]:
         da = _dgrad(grad, weight.flatten(1).contiguous(), add)
     if needs[1]:
-        dweight = outer_product(grad, a, None, torch.float32, sums=False)[0].view(weight.shape)
+        dweight = outer_product(grad, a, None, sums=False)[0].view(weight.shape)
     return da, dweight
 
 

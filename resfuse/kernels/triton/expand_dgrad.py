@@ -13,7 +13,7 @@ from torch import Tensor
 from ..interface import Act, Grad, Summed
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import fewer_shares
+from ._moments import fewer_shares, store_gradient
 from ._tiles import activate, add_grad_product, as_read, load_act, load_tile, load_vector, load_weight, row_starts
 
 
@@ -51,6 +51,7 @@ def _expand_dgrad(
         acc = add_grad_product(acc, g, wg, index, inside, cols, K, C, EVEN_K, EVEN_C, PRECISION, BLOCK_M, BLOCK_K)
     if c is not None:
         acc -= load_vector(c, cols, C, EVEN_C)
+    x = acc
     if RELU or partial is not None:
         x = load_tile(a.x, starts, cols, inside, C, EVEN_C)
     if RELU:
@@ -58,14 +59,7 @@ def _expand_dgrad(
         if a.scale is not None:
             y = activate(x, load_vector(a.scale, cols, C, EVEN_C), load_vector(a.shift, cols, C, EVEN_C), A_RELU)
         acc = tl.where(y <= 0, 0.0, acc)
-    t = acc.to(da.dtype.element_ty)
-    held = inside[:, None] if EVEN_C else inside[:, None] & (cols < C)[None, :]
-    tl.store(da + index.to(tl.int64)[:, None] * C + cols[None, :], t, mask=held)
-    if partial is not None:
-        dy = tl.where(inside[:, None], t.to(tl.float32), 0.0)
-        at = partial + block.to(tl.int64) * (2 * C) + cols
-        tl.store(at, tl.sum(dy, 0), mask=cols < C)
-        tl.store(at + C, tl.sum(dy * (x.to(tl.float32) - load_vector(mean, cols, C, EVEN_C)), 0), mask=cols < C)
+    store_gradient(da, partial, acc, x, mean, block, index, cols, inside, C, EVEN_C)
 
 
 def expand_dgrad(

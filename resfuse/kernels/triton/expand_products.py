@@ -3,7 +3,6 @@
 u = g @ Wg is left to `expand_dgrad`.
 """
 
-import torch
 from torch import Tensor
 
 from ..interface import Act, Grad
@@ -13,5 +12,5 @@ from ._outer_product import outer_product
 def expand_products(
     g: Grad, a: Act, mean: Tensor | None, wg: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    products, total = outer_product(g, a, mean, torch.float32, sums=True)
+    products, total = outer_product(g, a, mean, sums=True)
     return products, total, None

@@ -34,7 +34,7 @@ INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async", "mma.sync": r"mma\.sync", "tcgen05": r"tcgen05\.mma",
     "cp.async 16": r"cp\.async\.cg\.shared\.global[^;]*0x10", "cp.async": r"cp\.async\.c[ag]\.shared\.global",
     "ld 16": r"ld\.global[\w.:]*\.v4", "ld": r"ld\.global", "st 16": r"st\.global[\w.:]*\.v4", "st": r"st\.global",
-    "barrier": r"bar\.sync|barrier\.sync",
+    "max": r"max\.f32", "max.NaN": r"max\.NaN\.f32", "barrier": r"bar\.sync|barrier\.sync",
 }  # fmt: skip
 
 
