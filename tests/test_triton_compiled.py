@@ -38,7 +38,7 @@ def test_compiled_steps(arch, kind):
 )  # fmt: skip
 def test_windows(arch, kind):
     """Our convolutions with a window, which nothing chooses yet."""
-    check(compiled(arch, kind, ("stage1", "stage2", "small-dilated", "ragged"), windows=True), arch, kind, WINDOWS)
+    check(compiled(arch, kind, ("stage1", "stage4", "small-dilated", "ragged"), windows=True), arch, kind, WINDOWS)
 
 
 @pytest.mark.slow
@@ -97,9 +97,7 @@ def check(kernels, arch, kind, products=PRODUCTS):
 
     assert {k.name for k in kernels} >= set(products)
     for k in kernels:
-        # Whole tiles spill nothing. Where columns have masks, the assembler gives up a few bytes for one block more.
-        assert k.spills == 0 if k.even else k.spills <= 64, k
-        assert not k.serialized, k
+        assert k.spills == 0 and not k.serialized, k
         if k.name not in ("_tiles_of_q", "_columns_of_q"):
             assert "max" not in k.instructions, f"a ReLU that drops NaN, which the interpreter does not: {k}"
         assert k.shared <= SHARED_LIMIT[arch] and k.blocks >= 1, k

@@ -85,7 +85,8 @@ TABLE = {
         FEW_ROWS,
         Rule(Tile(128, 64, 32, 8, 3, f"a recipe of two tensors in registers; {TWO}"), 2, 64),
         Rule(Tile(64, 128, 32, 8, 3, f"as above, of more channels; {TWO}"), 2),
-        *FLOAT32_ROWS,
+        FLOAT32_ROWS[0],
+        Rule(Tile(64, 32, 32, 8, 2, "the addresses of a window's pixels leave fewer registers for the sums"), 4),
     ),
     "covariance": (
         Rule(Tile(32, 32, 32, 4, 2, FEW), None, 32),
@@ -93,13 +94,13 @@ TABLE = {
         Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4),
     ),
     "outer_product": (
-        Rule(Tile(64, 32, 32, 4, 2, FEW), None, 32),
+        Rule(Tile(32, 32, 32, 4, 2, FEW), None, 32),
         Rule(Tile(64, 64, 32, 8, 2, "tensor memory: a third stage spills in float16"), 2, None, 100),
         Rule(Tile(64, 64, 32, 8, 3, "synchronous products: many warps hide one another's waits"), 2),
         Rule(Tile(64, 64, 32, 4, 2, "float32 on the vector units: 32 sums a thread"), 4),
     ),
     "elements": (
-        Rule(Tile(64, 32, 0, 4, 1, FEW), None, 32),
+        Rule(Tile(32, 32, 0, 4, 1, FEW), None, 32),
         Rule(Tile(64, 64, 0, 4, 1, "128 bytes a row in 16 bits; 32 values a thread in flight"), None, 64),
         Rule(Tile(32, 128, 0, 4, 1, "256 bytes a row in 16 bits; 32 values a thread in flight")),
     ),
