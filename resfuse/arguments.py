@@ -158,32 +158,20 @@ def output_shape(shape: torch.Size, c: ConvBN | Conv, name: str) -> torch.Size:
         raise ArgumentError(
             f"{name}.weight {tuple(weight.shape)} with groups={c.groups} does not fit an input of {shape[1]} channels"
         )
-    spatial = [
-        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
-        for size, pad, dil, kernel, step in zip(
-            shape[2:], c.padding, c.dilation, weight.shape[2:], c.stride, strict=True
-        )
-    ]
+    spatial = c.geometry.spatial(shape[2:], weight.shape[2:])
     if min(spatial) < 1:
-        raise ArgumentError(f"{name}: an input of {tuple(shape[2:])} pixels leaves no output ({spatial})")
+        raise ArgumentError(f"{name}: an input of {tuple(shape[2:])} pixels leaves no output ({list(spatial)})")
     return torch.Size((shape[0], weight.shape[0], *spatial))
 
 
 def pooled_shape(shape: torch.Size, window: Window, name: str) -> torch.Size:
     """Of a pool over an input of that shape, as torch has it."""
-    spatial = []
-    for size, kernel, step, pad, dil in zip(
-        shape[2:], window.size, window.stride, window.padding, window.dilation, strict=True
-    ):
-        if not (kernel > 0 and step > 0 and 0 <= pad <= kernel // 2 and dil > 0):
-            raise ArgumentError(f"{name}: {window} is no pooling window; padding is at most half of size")
-        reach = size + 2 * pad - dil * (kernel - 1) - 1
-        count = (-(-reach // step) if window.ceil_mode else reach // step) + 1
-        if window.ceil_mode and (count - 1) * step >= size + pad:
-            count -= 1  # a window must begin inside the input or its left padding
-        spatial.append(count)
+    sides = zip(window.size, window.stride, window.padding, window.dilation, strict=True)
+    if not all(k > 0 and step > 0 and 0 <= pad <= k // 2 and spread > 0 for k, step, pad, spread in sides):
+        raise ArgumentError(f"{name}: {window} is no pooling window; padding is at most half of size")
+    spatial = window.spatial(shape[2:])
     if min(spatial) < 1:
-        raise ArgumentError(f"{name}: an input of {tuple(shape[2:])} pixels leaves no output ({spatial})")
+        raise ArgumentError(f"{name}: an input of {tuple(shape[2:])} pixels leaves no output ({list(spatial)})")
     return torch.Size((*shape[:2], *spatial))
 
 

@@ -17,32 +17,22 @@ Common to all of them
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import checkpoint
 
-from . import arguments
+from . import arguments, calls
 from .arguments import BN, ArgumentError, Conv, ConvBN, Pooled, ZeroPad
-from .functions import branches, cost
-from .functions.block import BlockFunction
-from .functions.bn_relu import BNReluFunction, PoolSpec
-from .functions.branches import Inputs, Shortcut, Spec
-from .functions.unit import COVARIANCE, KEEP, LINEAR, RECOMPUTE, Running, Tensors, Unit
-from .kernels import dispatch
-from .kernels.interface import RunningUpdate, Stats, Window, wide
+from .calls import Form, forms
+from .functions import branches
+from .kernels.interface import Stats, Window
 
 __all__ = [
     "BN", "ArgumentError", "Conv", "ConvBN", "Form", "Pooled", "Stats", "Window", "ZeroPad", "basic_block", "bn_relu",
     "bottleneck", "conv_bn_add_relu", "conv_bn_relu", "forms", "preactivation",
 ]
 
-# Raised out of a checkpointed recomputation once its tensors are back; a private name, so perhaps not in every torch.
-_StopRecomputation = getattr(checkpoint, "_StopRecomputationError", ())
-SMALL_SAMPLE = 1 << 15  # values
 AnyShortcut = ConvBN | Conv | Pooled | ZeroPad | Tensor | None
 
 
@@ -66,7 +56,7 @@ def conv_bn_relu(x: Tensor | Sequence[Tensor], *convs: ConvBN, relu: bool = True
     x: a tensor, or several side by side, whose concatenation is not kept. Between the convolutions nothing but their
     raw outputs is.
     """
-    return _block(_parts(x), None, convs, branches.NOTHING, relu=relu, backend=backend)[0]
+    return _block(_parts(x), None, convs, branches.NOTHING, relu=relu, backend=backend)
 
 
 def conv_bn_add_relu(
@@ -88,7 +78,7 @@ def conv_bn_add_relu(
     """
     return _block(
         _parts(x), None, convs, shortcut, relu=relu, scale=scale, row_scale=row_scale, gate=gate, backend=backend
-    )[0]
+    )
 
 
 def preactivation(
@@ -115,11 +105,11 @@ def preactivation(
     """
     if shortcut == "none":
         shortcut = branches.NOTHING
-    out, found = _block(
+    found = _block(
         _parts(x), bn, convs, shortcut, relu=False, scale=scale, row_scale=row_scale, gate=gate, stats=stats,
         want_stats=want_stats, backend=backend,
     )
-    return (out, found) if want_stats else out
+    return (found[0], Stats(*found[1:])) if want_stats else found
 
 
 def bn_relu(
@@ -130,138 +120,19 @@ def bn_relu(
     x is kept and, of a pool, one byte per output. Of a window at most 255 values. stats as in `preactivation`. Not
     cast under autocast, as torch's BatchNorm is not.
     """
-    arguments.check_plain(x, "x")
-    shape = arguments.check_parts([x])
-    arguments.check_tensors(x, x.dtype, bn, shape[1], "bn")
-    if bn.batch:
-        arguments.check_values_per_channel(shape)
-    if pool is not None:
-        arguments.pooled_shape(shape, pool, "pool")
-        if math.prod(pool.size) > 255:
-            raise ArgumentError(f"pool.size must hold at most 255 values, got {pool.size}")
-    tensors = _tensors(bn)
-    layout = torch.channels_last if _suggests_channels_last(x) else torch.contiguous_format
-    inside = _inside(x, shape, layout)
-    spec = PoolSpec(
-        Unit(None, bn.eps, bn.batch, KEEP), pool, _running(bn, shape.numel() // shape[1]), [], backend,
-        _differentiable([x, *tensors]), inside, layout,
-    )
-    mean, var = _known(stats, bn, x, x.dtype, shape[1])
-    return _run(BNReluFunction, spec, [x, mean, var, *tensors], backend, x.device.type, x.dtype)
+    if torch.compiler.is_dynamo_compiling():
+        from . import graph
+
+        return graph.bn_relu(graph.autocast(x), x, bn, pool, stats, backend=backend)
+    return calls.bn_relu(x, bn, pool, stats, backend=backend)
 
 
-class Form(NamedTuple):
-    """How a convolution's output is made and what becomes of it (`functions/unit.py`).
+def _block(parts: list[Tensor], bn: BN | None, convs: Sequence[ConvBN | Conv], shortcut: AnyShortcut | str, **options):
+    if torch.compiler.is_dynamo_compiling():
+        from . import graph  # registers what a graph may hold; of no use elsewhere
 
-    rows: fewer than so many batch rows have the form `recompute` instead, and fewer than `few` the form `keep`; None:
-    it depends on nothing.
-    """
-
-    kind: str
-    rows: int | None = None
-    few: int = 0
-
-    def __str__(self) -> str:
-        return self.kind if self.rows is None else f"{self.kind} from {self.rows} rows"
-
-    def at(self, rows: int, batch: bool) -> str:
-        """The form for a number of rows, with batch or constant statistics."""
-        if self.rows is None or not batch or rows >= self.rows:
-            return self.kind
-        return KEEP if rows < self.few else RECOMPUTE
-
-
-def forms(convs: Sequence[ConvBN | Conv], shortcut: ConvBN | Conv | None) -> list[Form]:
-    """The form of each convolution of a main branch and of the projection, where there is one.
-
-    The inner ones keep their raw outputs. The others drop theirs where it is a wide 1x1's.
-    """
-    steps = [1]  # rows of each convolution for a row of the block's output
-    for c in reversed(convs[1:]):
-        steps.insert(0, steps[0] * math.prod(c.stride))
-    macs = sum(step * c.weight.numel() for step, c in zip(steps, convs, strict=True))
-    outer = [] if shortcut is None else [shortcut]
-    macs += sum(c.weight.numel() for c in outer)
-    found = [Form(KEEP)] * (len(convs) - 1)
-    for c in (convs[-1], *outer):
-        out, in_, *kernel = c.weight.shape
-        pointwise = tuple(kernel) == (1, 1) and c.padding == (0, 0)
-        # The BatchNorm before a last convolution wants the gradient of every pixel of its input.
-        whole = c is not convs[-1] or len(convs) == 1 or c.stride == (1, 1)
-        if isinstance(c, Conv):
-            found.append(Form(COVARIANCE if pointwise and c.groups == 1 and whole else LINEAR))
-        elif whole and cost.has_covariance_form(tuple(kernel), c.padding, c.groups, in_, out):
-            found.append(Form(COVARIANCE, cost.covariance_rows(in_, out, macs), cost.few_rows(in_)))
-        else:
-            found.append(Form(RECOMPUTE if pointwise and out >= in_ * c.groups else KEEP))
-    return found
-
-
-def _block(
-    parts: list[Tensor], bn: BN | None, convs: Sequence[ConvBN | Conv], shortcut, *, relu: bool, scale: float = 1.0,
-    row_scale: Tensor | None = None, gate: Tensor | None = None, stats: Stats | None = None, want_stats: bool = False,
-    backend: str,
-) -> tuple[Tensor, Stats | None]:
-    x, dtype = parts[0], arguments.storage_dtype(parts[0])
-    kind, projection = _shortcut_kind(shortcut, len(parts))
-    shape = arguments.check_parts(parts)
-    shapes = _check_block(x, dtype, shape, bn, convs, shortcut, projection)
-    rows = [s[0] * s[2] * s[3] for s in shapes]
-    row_scale, gate = _check_sum(x, dtype, kind, scale, row_scale, gate, shapes[len(convs) - 1])
-    outer = [] if projection is None else [projection]
-    units = [
-        Unit(c.geometry, getattr(c, "eps", None), c.batch, form.at(count, c.batch))
-        for c, form, count in zip((*convs, *outer), forms(convs, projection), rows, strict=True)
-    ]
-    norms = [] if bn is None else [bn]
-    tensors = [_tensors(c) for c in (*norms, *convs, *outer)]
-    counts = [shape.numel() // shape[1]] * len(norms) + rows
-    n = len(norms) + len(convs)
-    inputs = Inputs(
-        tuple(part.to(dtype) for part in parts), *_known(stats, bn, x, dtype, shape[1]),
-        shortcut.to(dtype) if kind == branches.GIVEN else None, row_scale, gate,
-        tuple(tensors[: len(norms)]), tuple(tensors[len(norms) : n]), tuple(tensors[n:]),
-    )
-    channels_last = all(map(_suggests_channels_last, parts)) or any(_suggests_channels_last(c.weight) for c in convs)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    spec = Spec(
-        parts=len(parts),
-        norm=None if bn is None else Unit(None, bn.eps, bn.batch, KEEP),
-        units=tuple(units[: len(convs)]),
-        shortcut=_static_shortcut(kind, shortcut, units[len(convs) :]),
-        relu=relu,
-        scale=scale,
-        running=tuple(_running(c, count) for c, count in zip((*norms, *convs, *outer), counts, strict=True)),
-        pending=[],
-        backend=backend,
-        differentiable=_differentiable(inputs.flat()),
-        want_stats=want_stats,
-        layout=_inside(x, shape, layout),
-        out_layout=layout,
-    )
-    found = _run(BlockFunction, spec, inputs.flat(), backend, x.device.type, dtype)
-    return (found[0], Stats(*found[1:])) if want_stats else (found, None)
-
-
-def _run(function, spec, flat: list[Tensor | None], backend: str, device: str, dtype: torch.dtype):
-    """Apply a Function, then make the updates that its forward left."""
-    update_running = dispatch.kernels(backend, device, dtype).update_running
-    try:
-        found = function.apply(spec, *flat)
-    except _StopRecomputation:  # checkpoint has what it wants; stock BatchNorms have updated by then
-        _update(update_running, spec.pending)
-        raise
-    _update(update_running, spec.pending)
-    return found
-
-
-def _update(update_running, pending: list[RunningUpdate]) -> None:
-    with torch.no_grad():
-        update_running(pending)
-    pending.clear()
-
-
-# Arguments ---------------------------------------------------------------------------------------------------
+        return graph.block(graph.autocast(parts[0]), parts, bn, convs, shortcut, **options)
+    return calls.block(parts, bn, convs, shortcut, **options)
 
 
 def _parts(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -273,161 +144,3 @@ def _parts(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
     for i, part in enumerate(x):
         arguments.check_plain(part, f"x[{i}]")
     return list(x)
-
-
-def _shortcut_kind(shortcut, parts: int) -> tuple[str, ConvBN | Conv | None]:
-    """What kind of shortcut it is, and its convolution."""
-    if isinstance(shortcut, (ConvBN, Conv, Pooled)):
-        return branches.PROJECTION, shortcut.conv if isinstance(shortcut, Pooled) else shortcut
-    if isinstance(shortcut, Tensor):
-        return branches.GIVEN, None
-    if isinstance(shortcut, str) and shortcut == branches.NOTHING:
-        return branches.NOTHING, None
-    if shortcut is not None and not isinstance(shortcut, ZeroPad):
-        raise ArgumentError(
-            f"shortcut must be None, a ConvBN, Conv, Pooled, ZeroPad or a tensor, got {type(shortcut).__name__}"
-        )
-    if parts > 1:
-        raise ArgumentError(f"shortcut: of {parts} tensors side by side only a convolution or a tensor can be added")
-    return (branches.IDENTITY if shortcut is None else branches.PADDED), None
-
-
-def _static_shortcut(kind: str, shortcut, unit: list[Unit]) -> Shortcut:
-    if kind == branches.PADDED:
-        return Shortcut(kind, stride=shortcut.stride, before=shortcut.before, channels=shortcut.channels)
-    if isinstance(shortcut, Pooled):
-        return Shortcut(kind, unit[0], shortcut.window, shortcut.count_include_pad)
-    return Shortcut(kind, *unit)
-
-
-def _check_block(
-    x: Tensor, dtype: torch.dtype, shape: torch.Size, bn: BN | None, convs, shortcut, projection
-) -> list[torch.Size]:
-    """Every check of what the block is made of; the output shapes of the main branch and of a projection."""
-    if not convs:
-        raise ArgumentError("convs: at least one convolution is needed")
-    if bn is not None:
-        arguments.check_tensors(x, dtype, bn, shape[1], "bn")
-        if bn.batch:
-            arguments.check_values_per_channel(shape)
-    names, shapes = [f"conv{i}" for i in range(1, len(convs) + 1)], []
-    for i, (c, name) in enumerate(zip(convs, names, strict=True)):
-        wanted = Conv if bn is not None and i + 1 == len(convs) else ConvBN
-        if not isinstance(c, wanted):
-            raise ArgumentError(f"{name} must be a {wanted.__name__}, got {type(c).__name__}")
-        shapes.append(arguments.output_shape(shapes[-1] if shapes else shape, c, name))
-        arguments.check_tensors(x, dtype, c, c.weight.shape[0], name)
-    last, which, other = shapes[-1], "x, the identity shortcut,", shape
-    if projection is not None:
-        source = shape
-        if isinstance(shortcut, Pooled):
-            source = arguments.pooled_shape(shape, shortcut.window, "shortcut")
-        shapes.append(arguments.output_shape(source, projection, "shortcut"))
-        arguments.check_tensors(x, dtype, projection, projection.weight.shape[0], "shortcut")
-        which, other = "shortcut's output", shapes[-1]
-    elif isinstance(shortcut, ZeroPad):
-        which, other = "shortcut's output", _padded_shape(shape, shortcut)
-    elif isinstance(shortcut, Tensor):
-        arguments.check_plain(shortcut, "shortcut")
-        arguments.check_image(shortcut, "shortcut")
-        which, other = "shortcut", shortcut.shape
-        if shortcut.device != x.device:
-            raise ArgumentError(f"shortcut is on {shortcut.device}, x on {x.device}; all must be on one device")
-        if arguments.storage_dtype(shortcut, "shortcut") != dtype:
-            raise ArgumentError(f"shortcut is {shortcut.dtype}; x in {dtype} takes that")
-    elif shortcut is not None:
-        other = last
-    if last != other:
-        raise ArgumentError(f"{name}'s output {tuple(last)} and {which} {tuple(other)} must have the same shape")
-    for c, its in zip((*convs, *([] if projection is None else [projection])), shapes, strict=True):
-        if c.batch:
-            arguments.check_values_per_channel(its)
-    return shapes
-
-
-def _padded_shape(shape: torch.Size, shortcut: ZeroPad) -> torch.Size:
-    n, c, h, w = shape
-    if not (0 <= shortcut.before <= shortcut.channels - c and min(shortcut.stride) > 0):
-        raise ArgumentError(f"shortcut: {c} channels after {shortcut.before} of zeros do not fit {shortcut}")
-    return torch.Size((n, shortcut.channels, -(-h // shortcut.stride[0]), -(-w // shortcut.stride[1])))
-
-
-def _check_sum(
-    x: Tensor, dtype: torch.dtype, kind: str, scale: float, row_scale: Tensor | None, gate: Tensor | None,
-    shape: torch.Size,
-) -> tuple[Tensor | None, Tensor | None]:
-    """row_scale and gate as the Function wants them."""
-    weighed = scale != 1 or row_scale is not None or gate is not None
-    if kind == branches.NOTHING and weighed:
-        raise ArgumentError("scale, row_scale and gate weigh a sum; without a shortcut there is none")
-    if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
-        raise ArgumentError(f"scale must be a positive number, got {scale!r}")
-    if row_scale is not None:
-        arguments.check_plain(row_scale, "row_scale")
-        if row_scale.shape != shape[:1] or row_scale.device != x.device or row_scale.requires_grad:
-            raise ArgumentError(
-                f"row_scale must be [{shape[0]}] on {x.device} and require no gradient, got {tuple(row_scale.shape)} "
-                f"on {row_scale.device}, requires_grad={row_scale.requires_grad}"
-            )
-        row_scale = row_scale.to(wide(dtype)).contiguous()
-    if gate is not None:
-        arguments.check_plain(gate, "gate")
-        if gate.device != x.device:
-            raise ArgumentError(f"gate is on {gate.device}, x on {x.device}; all must be on one device")
-        try:
-            gate = gate.to(dtype).expand(shape)
-        except RuntimeError:
-            raise ArgumentError(f"gate {tuple(gate.shape)} does not broadcast to the output {tuple(shape)}") from None
-    return row_scale, gate
-
-
-def _known(
-    stats: Stats | None, bn: BN | None, x: Tensor, dtype: torch.dtype, channels: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Statistics of the input that were given and are wanted."""
-    if stats is None:
-        return None, None
-    for name, t in zip(Stats._fields, stats, strict=True):
-        if not isinstance(t, Tensor) or t.shape != (channels,) or t.device != x.device:
-            raise ArgumentError(f"stats.{name} must be a tensor [{channels}] on {x.device}, got {t!r}")
-    if bn is None or not bn.batch:
-        return None, None
-    return tuple(t.to(wide(dtype)).contiguous() for t in stats)
-
-
-def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _inside(x: Tensor, shape: torch.Size, layout: torch.memory_format) -> torch.memory_format:
-    """The layout inside a block. Contiguous (NCHW) samples are read one at a time: of small ones the calls would cost
-    more than a conversion does."""
-    return torch.channels_last if x.is_cuda or shape[1:].numel() < SMALL_SAMPLE else layout
-
-
-def _suggests_channels_last(t: Tensor) -> bool:
-    """Whether a convolution reading t would write channels_last: torch's rule (suggest_memory_format), by strides."""
-    size, stride, least = t.shape, t.stride(), 0
-    if stride[1] == 0:
-        return False
-    for d in (1, 3, 2, 0):
-        if stride[d] < least or (d == 0 and least == stride[1]):
-            return False
-        least = stride[d] * max(size[d], 1)
-    return True
-
-
-def _tensors(c: BN | ConvBN | Conv) -> Tensors:
-    """The unit's tensors: running buffers only where they are read."""
-    if isinstance(c, Conv):  # as a BatchNorm that does nothing
-        zero = torch.zeros(c.weight.shape[0], dtype=wide(c.weight.dtype), device=c.weight.device)
-        return Tensors(c.weight, c.bias, None, None, zero, torch.ones_like(zero))
-    constant = (None, None) if c.batch else (c.running_mean.clone(), c.running_var.clone())  # later steps update them
-    return Tensors(getattr(c, "weight", None), getattr(c, "bias", None), c.gamma, c.beta, *constant)
-
-
-def _running(c: BN | ConvBN | Conv, count: int) -> Running | None:
-    """What the batch's statistics update: buffers in training, nothing otherwise."""
-    if isinstance(c, Conv) or not c.training or (c.running_mean is None and c.num_batches_tracked is None):
-        return None
-    return Running(c.running_mean, c.running_var, c.num_batches_tracked, c.momentum, count)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from units import activation, bottleneck, results, twin
 
-from resfuse import functional, reference
+from resfuse import calls, functional, reference
 from resfuse.kernels import dispatch
 
 pytestmark = pytest.mark.gate  # no speed is reported while these fail
@@ -24,9 +24,9 @@ FORMS = {"covariance": 1, "recomputed": 10**9}
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     """Force one form of the wide products whatever the cost model says."""
-    monkeypatch.setattr(functional.cost, "covariance_rows", lambda *_: FORMS[request.param])
+    monkeypatch.setattr(calls.cost, "covariance_rows", lambda *_: FORMS[request.param])
     if request.param == "recomputed":
-        monkeypatch.setattr(functional.cost, "has_covariance_form", lambda *_: False)
+        monkeypatch.setattr(calls.cost, "has_covariance_form", lambda *_: False)
     return request.param
 
 
@@ -109,7 +109,7 @@ def test_several_parts_of_rows(form, monkeypatch, poisoned):
     from resfuse.kernels.eager import _rows
 
     monkeypatch.setitem(_rows._PART_ELEMENTS, "cpu", 64)
-    monkeypatch.setattr(functional, "SMALL_SAMPLE", 0)  # NCHW a sample at a time, too
+    monkeypatch.setattr(calls, "SMALL_SAMPLE", 0)  # NCHW a sample at a time, too
     for channels_last in (True, False):
         x = activation(3, 8, 7, 5, channels_last=channels_last)
         compare(bottleneck(shortcut="projection", stride=2, out_channels=12), x)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from units import activation, bn, conv, conv_bn
 
-from resfuse import arguments, functional, reference
+from resfuse import arguments, calls, functional, reference
 from resfuse.functional import ArgumentError, Pooled, Stats, Window, ZeroPad
 
 pytestmark = pytest.mark.gate  # no speed is reported while these fail
@@ -168,7 +168,7 @@ def block(request):
 def rows(request, monkeypatch):
     """Which side of the cost model's limit."""
     limit = 10**9 if request.param == "few rows" else 1
-    monkeypatch.setattr(functional.cost, "covariance_rows", lambda *_: limit)
+    monkeypatch.setattr(calls.cost, "covariance_rows", lambda *_: limit)
 
 
 def leaves(*trees):
@@ -203,7 +203,7 @@ def test_equals_autograd(block, mode, rows, poisoned):
 
 @pytest.mark.parametrize("small", [0, 1 << 15], ids=["NCHW inside", "channels_last inside"])
 def test_equals_autograd_in_nchw(block, small, monkeypatch):
-    monkeypatch.setattr(functional, "SMALL_SAMPLE", small)
+    monkeypatch.setattr(calls, "SMALL_SAMPLE", small)
     agree(block, block.input(channels_last=False))
 
 

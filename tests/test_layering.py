@@ -10,7 +10,10 @@ import pytest
 import resfuse
 
 ROOT = Path(resfuse.__file__).parent
-LAYERS = ("convert", "blocks", "functional", "arguments", "functions", "kernels.dispatch", "kernels.interface")
+LAYERS = (
+    "convert", "blocks", "functional", "graph", "calls", "arguments", "functions", "kernels.dispatch",
+    "kernels.interface",
+)  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..kernels.interface import Stats
+
+
+def can_carry() -> bool:
+    """Whether tensors carry them: not in inference mode, where writes to a tensor are not counted, and not in a graph,
+    where they have no attributes."""
+    return not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
 
 
 def leave(out: Tensor, stats: Stats) -> Tensor:
@@ -15,5 +22,7 @@ def leave(out: Tensor, stats: Stats) -> Tensor:
 
 def take(x: Tensor) -> Stats | None:
     """The statistics left on x, unless it has been written to since."""
+    if torch.compiler.is_compiling():
+        return None
     stats, version = getattr(x, "_resfuse_stats", (None, None))
     return stats if stats is not None and x._version == version and len(stats.mean) == x.shape[1] else None

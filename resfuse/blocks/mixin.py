@@ -20,10 +20,7 @@ from torch.autograd import forward_ad
 from ..arguments import BN, STORAGE_DTYPES, ArgumentError, Conv, ConvBN
 from ..kernels.interface import Reason
 
-NORMS = {
-    "torch.nn.modules.batchnorm.BatchNorm2d": "batch",
-    "torchvision.ops.misc.FrozenBatchNorm2d": "frozen",
-}
+FROZEN = "torchvision.ops.misc", "FrozenBatchNorm2d"
 PLAIN = (nn.Parameter, torch.Tensor, type(None))  # subclasses may do more
 _disabled = ContextVar("resfuse_disabled", default=os.environ.get("RESFUSE_DISABLE", "0") not in ("", "0"))
 
@@ -82,6 +79,8 @@ class FusedMixin:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
+            if self._in_graph():
+                return self.plan.run(self, x, self.resfuse_state.backend)
             return super().forward(x)
         parts = x if type(x) is list and self.plan.LISTS else (x,)
         reason = next(filter(None, map(call_refusal, parts)), None) or self.plan.refusal(self)
@@ -93,6 +92,14 @@ class FusedMixin:
         if reason.code != "disabled":
             self.resfuse_state.count(reason)
         return super().forward(x)
+
+    def _in_graph(self) -> bool:
+        """Whether the fused forward goes into the graph that Dynamo is making."""
+        if not torch.compiler.is_dynamo_compiling():
+            return False
+        from . import _dynamo
+
+        return _dynamo.fused() and self.plan.refusal(self) is None
 
     def __reduce_ex__(self, protocol):
         original = original_class(type(self))
@@ -191,10 +198,11 @@ def read_norm(norm: nn.Module) -> BN:
     return BN(norm.weight, norm.bias, *buffers, norm.eps, None if frozen else norm.momentum, training)
 
 
-@cache
 def norm_kind(cls: type) -> str | None:
     """"batch", "frozen", or None for a class that is not read."""
-    return NORMS.get(qualified_name(cls))
+    if cls is nn.BatchNorm2d:
+        return "batch"
+    return "frozen" if (cls.__module__, cls.__qualname__) == FROZEN else None
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .. import functional
@@ -47,7 +46,7 @@ def run(block: modules.ResidualBlock, x: Tensor, backend: str) -> Tensor:
             x, *convs, shortcut=shortcut, relu=block.relu, **weights, backend=backend
         )
     bn = read_norm(block.bn1)
-    hand_on = bn.training and not torch.is_inference_mode_enabled()  # where writes to a tensor are not counted
+    hand_on = bn.training and _stats.can_carry()
     found = functional.preactivation(
         x, bn, *convs, shortcut=shortcut, **weights, stats=_stats.take(x), want_stats=hand_on, backend=backend
     )

@@ -20,7 +20,7 @@ from ..kernels import dispatch
 from ..kernels.interface import Act, BNContext, BNGrad, Masked, Norm, Stats, Sum, Want, wide
 from . import branches, chain, composite
 from . import unit as units
-from .branches import GIVEN, IDENTITY, NOTHING, PADDED, PROJECTION, Inputs, Spec
+from .branches import GIVEN, IDENTITY, NOTHING, PADDED, PROJECTION, Inputs, Spec, Steps
 from .unit import KEEP, NONE, Gradients, Kept, Tensors
 
 
@@ -31,6 +31,26 @@ class Saved(NamedTuple):
     shortcut_z: Tensor | None
     mask: Tensor | None
     kept: tuple[Kept, ...]
+
+    def flat(self) -> list[Tensor | None]:
+        return [*self.zs, self.shortcut_z, self.mask, *(t for unit in self.kept for t in unit)]
+
+    @classmethod
+    def arrange(cls, spec: Spec, flat: Sequence) -> Saved:
+        units_of = (*spec.units, *([] if spec.shortcut.unit is None else [spec.shortcut.unit]))
+        zs, (shortcut_z, mask, *kept) = branches.split(flat, sum(unit.form == KEEP for unit in spec.units))
+        assert len(kept) == len(Kept._fields) * (len(units_of) + (spec.norm is not None))
+        return cls(tuple(zs), shortcut_z, mask, branches.grouped(kept, Kept))
+
+
+class Made(NamedTuple):
+    """What forward made. own: the statistics of out, where wanted; saved: None where nothing will be differentiated;
+    stats: of each BatchNorm, None for constant ones, in the order of `Saved.kept`."""
+
+    out: Tensor
+    own: Stats | None
+    saved: Saved | None
+    stats: tuple[Stats | None, ...]
 
 
 class BlockFunction(torch.autograd.Function):
@@ -43,43 +63,61 @@ class BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, spec: Spec, *flat: Tensor | None):
-        inputs = Inputs.arrange(spec, flat)
-        x = inputs.parts[0]
-        k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            written, saved, stats = _forward(k, spec, inputs)
-            out = written.out.contiguous(memory_format=spec.out_layout)
-            if spec.want_stats:
-                stats_out = written.stats or k.bn_stats(written.out)
-            spec.pending.extend(
-                units.running_updates(spec.running, stats, (*inputs.norm, *inputs.units, *inputs.shortcut))
-            )
+        made, inputs = spec.steps.forward(spec, flat), Inputs.arrange(spec, flat)
+        spec.pending.extend(
+            units.running_updates(spec.running, made.stats, (*inputs.norm, *inputs.units, *inputs.shortcut))
+        )
         if spec.differentiable:
             if inputs.gate is None:
                 inputs = inputs._replace(residual=None)  # its gradient needs no value of it
             inputs = inputs._replace(mean=None, var=None)
-            kept = [t for unit in saved.kept for t in unit]
-            ctx.save_for_backward(*inputs.flat(), *saved.zs, saved.shortcut_z, saved.mask, *kept)
-            ctx.spec, ctx.kernels, ctx.sizes = spec, k, (len(flat), len(saved.zs))
-        if not spec.want_stats:
-            return out
-        ctx.mark_non_differentiable(*stats_out)
-        return out, *stats_out
+            ctx.save_for_backward(*inputs.flat(), *made.saved.flat())
+            ctx.spec, ctx.arguments = spec, len(flat)
+        if made.own is None:
+            return made.out
+        ctx.mark_non_differentiable(*made.own)
+        return made.out, *made.own
 
     @staticmethod
     def backward(ctx, dout: Tensor, *_):
-        spec, (arguments, zs) = ctx.spec, ctx.sizes
-        flat, rest = branches.split(ctx.saved_tensors, arguments)  # read once: hooks may recompute them
-        raw, (shortcut_z, mask, *kept) = branches.split(rest, zs)
-        inputs, needs = Inputs.arrange(spec, flat), Inputs.arrange(spec, ctx.needs_input_grad[1:])
-        saved = Saved(raw, shortcut_z, mask, branches.grouped(kept, Kept))
-        with torch.autocast(dout.device.type, enabled=False):
-            if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
-                passes = None
-                if spec.shortcut.kind == GIVEN and inputs.residual is None and mask is not None:
-                    passes = ctx.kernels.select(Masked(torch.ones_like(dout), mask))
-                return None, *composite.gradients(spec, inputs, needs, dout, passes)
-            return None, *_backward(ctx.kernels, spec, inputs, saved, dout, needs)
+        flat, saved = branches.split(ctx.saved_tensors, ctx.arguments)  # read once: hooks may recompute them
+        if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
+            return None, *_differentiable(ctx.spec, flat, saved, dout, ctx.needs_input_grad[1:])
+        return None, *ctx.spec.steps.backward(ctx.spec, flat, saved, dout, ctx.needs_input_grad[1:])
+
+
+def forward(spec: Spec, flat: Sequence[Tensor | None]) -> Made:
+    """flat: in the order of `Inputs`."""
+    inputs = Inputs.arrange(spec, flat)
+    x = inputs.parts[0]
+    k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        written, saved, stats = _forward(k, spec, inputs)
+        out = written.out.contiguous(memory_format=spec.out_layout)
+        own = (written.stats or k.bn_stats(written.out)) if spec.want_stats else None
+    return Made(out, own, saved if spec.differentiable else None, stats)
+
+
+def backward(
+    spec: Spec, flat: Sequence[Tensor | None], saved: Sequence[Tensor | None], dout: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of flat, as far as they are needed. saved: in the order of `Saved.flat`."""
+    x = flat[0]
+    k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
+    inputs, needs = Inputs.arrange(spec, flat), Inputs.arrange(spec, needs)
+    with torch.autocast(x.device.type, enabled=False):
+        return _backward(k, spec, inputs, Saved.arrange(spec, saved), dout, needs)
+
+
+def _differentiable(spec: Spec, flat, saved, dout: Tensor, needs) -> list[Tensor | None]:
+    """The same gradients, connected to what they were made of."""
+    inputs, needs, passes = Inputs.arrange(spec, flat), Inputs.arrange(spec, needs), None
+    mask = Saved.arrange(spec, saved).mask
+    with torch.autocast(dout.device.type, enabled=False):
+        if spec.shortcut.kind == GIVEN and inputs.residual is None and mask is not None:
+            k = dispatch.kernels(spec.backend, dout.device.type, dout.dtype)
+            passes = k.select(Masked(torch.ones_like(dout), mask))
+        return composite.gradients(spec, inputs, needs, dout, passes)
 
 
 def _forward(k, spec: Spec, inputs: Inputs):
@@ -99,7 +137,7 @@ def _forward(k, spec: Spec, inputs: Inputs):
     residual, shortcut_stats, shortcut_kept = branches.shortcut_forward(
         k, spec.shortcut, tensors, source, inputs.residual, spec.layout
     )
-    want = Want(mask=spec.differentiable and _mask_needed(spec), stats=spec.want_stats)
+    want = Want(mask=spec.differentiable and mask_needed(spec), stats=spec.want_stats)
     written = branches.write(k, made.main, inputs.total(spec, residual), want)
     beside = [(shortcut_stats, shortcut_kept)] if inputs.shortcut else []
     kept = (*norm_kept, *made.kept, *(vectors for _, vectors in beside))
@@ -168,7 +206,7 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
     return branches.gradients(dparts, dresidual, dgate, norm_found, found, shortcut_found)
 
 
-def _mask_needed(spec: Spec) -> bool:
+def mask_needed(spec: Spec) -> bool:
     """Whether backward cannot tell from what it has where out was rectified."""
     return spec.relu and not (spec.shortcut.kind == NOTHING and spec.units[-1].form == KEEP)
 
@@ -246,3 +284,6 @@ def _norm_backward(
     pieces = [k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz for dz in dzs]
     dgamma, dbeta = (v[0] if len(v) == 1 else torch.cat(v) for v in (dgammas, dbetas))
     return pieces, units.gradients(spec.norm, t, kept, None, dgamma, dbeta)
+
+
+DIRECT = Steps(forward, backward, branches.update_running)

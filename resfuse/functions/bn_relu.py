@@ -7,6 +7,7 @@ Kept for backward: x and, of a pool, one byte per maximum: y is made again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.interface import BNContext, BNGrad, Norm, RunningUpdate, Stats, Sum, Want, Window, wide
-from . import composite
+from . import branches, composite
 from . import unit as units
+from .branches import Steps
 from .unit import Running, Tensors, Unit
 
 
@@ -30,54 +32,83 @@ class PoolSpec(NamedTuple):
     differentiable: bool
     layout: torch.memory_format
     out_layout: torch.memory_format
+    steps: Steps
+
+
+class Made(NamedTuple):
+    """What forward made. saved: argmax (uint8, None without a pool), mean, invstd, scale and shift, or None where
+    nothing will be differentiated; stats None where they are constants."""
+
+    out: Tensor
+    saved: tuple[Tensor | None, ...] | None
+    stats: Stats | None
 
 
 class BNReluFunction(torch.autograd.Function):
     """apply(spec, x, mean, var, *tensors) -> out; mean and var of x, or None; tensors: the `Tensors` of a BatchNorm."""
 
     @staticmethod
-    def forward(ctx, spec: PoolSpec, x: Tensor, mean: Tensor | None, var: Tensor | None, *flat: Tensor | None):
-        t = Tensors(*flat)
-        k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            xs = x.contiguous(memory_format=spec.layout)
-            measured = None
-            if spec.unit.batch:
-                measured = k.bn_stats(xs) if mean is None else Stats(mean, var)
-            kept = units.normalise(k, spec.unit, t, measured, wide(x.dtype))
-            a, argmax = Norm(xs, kept.scale, kept.shift), None
-            if spec.window is None:
-                out = k.apply(a, Sum(), Want()).out
-            else:
-                out, argmax = k.bn_relu_max_pool(a, spec.window)
-            out = out.contiguous(memory_format=spec.out_layout)
-            spec.pending.extend(units.running_updates([spec.running], [measured], [t]))
+    def forward(ctx, spec: PoolSpec, *flat: Tensor | None):
+        made = spec.steps.forward(spec, flat)
+        x, _, _, *tensors = flat
+        spec.pending.extend(units.running_updates([spec.running], [made.stats], [Tensors(*tensors)]))
         if spec.differentiable:
-            ctx.save_for_backward(x, argmax, *flat, kept.mean, kept.invstd, kept.scale, kept.shift)
-            ctx.spec, ctx.kernels = spec, k
-        return out
+            ctx.save_for_backward(x, *tensors, *made.saved)
+            ctx.spec = spec
+        return made.out
 
     @staticmethod
     def backward(ctx, dout: Tensor):
-        spec, k = ctx.spec, ctx.kernels
-        x, argmax, *flat, mean, invstd, scale, shift = ctx.saved_tensors
-        t = Tensors(*flat)
-        with torch.autocast(x.device.type, enabled=False):
-            if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
-                out = composite.bn_relu(x, spec.unit, t, spec.window)
-                dx, *rest = composite.input_gradients(out, dout, [x, *flat])
-                return None, dx, None, None, *rest
-            a = Norm(x.contiguous(memory_format=spec.layout), scale, shift)
-            context = BNContext(mean, invstd, t.gamma, spec.unit.batch)
-            dout = dout.contiguous(memory_format=spec.layout)
-            if spec.window is None:
-                dz, dgamma, dbeta = k.bn_backward(dout, k.prepare(a), a.z, context)
-            else:
-                dz, dgamma, dbeta = k.bn_relu_max_pool_backward(dout, argmax, a, spec.window, context)
-            dx = None
-            if ctx.needs_input_grad[1]:
-                dx = (k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz).contiguous(memory_format=spec.out_layout)
-        dgamma, dbeta = (
-            None if p is None else d.to(p.dtype) for d, p in ((dgamma, t.gamma), (dbeta, t.beta))
-        )
-        return None, dx, None, None, None, None, dgamma, dbeta, None, None
+        spec = ctx.spec
+        x, *rest = ctx.saved_tensors
+        tensors, saved = rest[: len(Tensors._fields)], rest[len(Tensors._fields) :]
+        if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
+            with torch.autocast(x.device.type, enabled=False):
+                out = composite.bn_relu(x, spec.unit, Tensors(*tensors), spec.window)
+                dx, *found = composite.input_gradients(out, dout, [x, *tensors])
+            return None, dx, None, None, *found
+        return None, *spec.steps.backward(spec, [x, None, None, *tensors], saved, dout, ctx.needs_input_grad[1:])
+
+
+def forward(spec: PoolSpec, flat: Sequence[Tensor | None]) -> Made:
+    """flat: x, mean, var, and the `Tensors`."""
+    x, mean, var, *tensors = flat
+    k, t = dispatch.kernels(spec.backend, x.device.type, x.dtype), Tensors(*tensors)
+    with torch.autocast(x.device.type, enabled=False):
+        xs = x.contiguous(memory_format=spec.layout)
+        measured = None
+        if spec.unit.batch:
+            measured = k.bn_stats(xs) if mean is None else Stats(mean, var)
+        kept = units.normalise(k, spec.unit, t, measured, wide(x.dtype))
+        a, argmax = Norm(xs, kept.scale, kept.shift), None
+        if spec.window is None:
+            out = k.apply(a, Sum(), Want()).out
+        else:
+            out, argmax = k.bn_relu_max_pool(a, spec.window)
+        out = out.contiguous(memory_format=spec.out_layout)
+    saved = (argmax, kept.mean, kept.invstd, kept.scale, kept.shift) if spec.differentiable else None
+    return Made(out, saved, measured)
+
+
+def backward(
+    spec: PoolSpec, flat: Sequence[Tensor | None], saved: Sequence[Tensor | None], dout: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of flat, as far as they are needed."""
+    (x, _, _, *tensors), (argmax, mean, invstd, scale, shift) = flat, saved
+    k, t = dispatch.kernels(spec.backend, x.device.type, x.dtype), Tensors(*tensors)
+    with torch.autocast(x.device.type, enabled=False):
+        a = Norm(x.contiguous(memory_format=spec.layout), scale, shift)
+        context = BNContext(mean, invstd, t.gamma, spec.unit.batch)
+        dout = dout.contiguous(memory_format=spec.layout)
+        if spec.window is None:
+            dz, dgamma, dbeta = k.bn_backward(dout, k.prepare(a), a.z, context)
+        else:
+            dz, dgamma, dbeta = k.bn_relu_max_pool_backward(dout, argmax, a, spec.window, context)
+        dx = None
+        if needs[0]:
+            dx = (k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz).contiguous(memory_format=spec.out_layout)
+    dgamma, dbeta = (None if p is None else d.to(p.dtype) for d, p in ((dgamma, t.gamma), (dbeta, t.beta)))
+    return dx, None, None, None, None, dgamma, dbeta, None, None
+
+
+DIRECT = Steps(forward, backward, branches.update_running)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels import dispatch
 from ..kernels.interface import (
     Act,
     Addend,
@@ -43,13 +44,22 @@ class Shortcut(NamedTuple):
     channels: int = 0
 
 
+class Steps(NamedTuple):
+    """A Function's forward and backward, and the updates of running statistics after it: as they are, or as operators
+    that a graph can hold (`ops.py`)."""
+
+    forward: Callable
+    backward: Callable
+    update_running: Callable
+
+
 class Spec(NamedTuple):
     """What is static in one call.
 
     parts: tensors that side by side are the input; norm: the BatchNorm before the first convolution, None where there
     is none; units: the main branch; running: the buffers that each BatchNorm's statistics update, None for none, in the
     order norm, units, shortcut; pending: where forward leaves those updates; want_stats: return the statistics of out
-    too; layout: the memory format inside the block; out_layout: that of out and dx.
+    too; layout: the memory format inside the block; out_layout: that of out and dx; steps: what makes them.
     """
 
     parts: int
@@ -65,6 +75,7 @@ class Spec(NamedTuple):
     want_stats: bool
     layout: torch.memory_format
     out_layout: torch.memory_format
+    steps: Steps
 
 
 class Inputs(NamedTuple):
@@ -106,6 +117,10 @@ def gradients(parts, residual, gate, norm, found: Sequence[Gradients], shortcut:
     """In the order of a Function's arguments."""
     groups = [*([] if norm is None else [norm]), *found, *([] if shortcut is None else [shortcut])]
     return (*parts, None, None, residual, None, gate, *(g for group in groups for g in (*group, None, None)))
+
+
+def update_running(pending: Sequence[RunningUpdate], backend: str, device: str, dtype: torch.dtype) -> None:
+    dispatch.kernels(backend, device, dtype).update_running(pending)
 
 
 # Input -------------------------------------------------------------------------------------------------------

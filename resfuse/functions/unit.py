@@ -33,8 +33,9 @@ from ..kernels.interface import (
 )
 
 KEEP, RECOMPUTE, COVARIANCE, LINEAR = "keep", "recompute", "covariance", "linear"
-# Where cov [C, C] is at most this share of one [M, C] activation it is kept, elsewhere recomputed in backward.
-KEPT_COVARIANCE_SHARE = 0.02
+# Where one [M, C] activation is at least so many times as large as cov [C, C], that is kept, elsewhere recomputed in
+# backward.
+KEPT_COVARIANCE_RATIO = 50
 
 
 class Unit(NamedTuple):
@@ -123,7 +124,7 @@ def forward(kernels, unit: Unit, t: Tensors, a: Act, dtype: torch.dtype) -> tupl
     else:
         z, measured = kernels.conv_stats(a, t.weight.to(dtype), unit.geometry, stats=unit.batch)
     kept = normalise(kernels, unit, t, measured, wide(dtype))
-    if cov is not None and cov.nbytes > KEPT_COVARIANCE_SHARE * _nbytes(a):
+    if cov is not None and not keeps_covariance(_tensor(a).shape, dtype):
         cov = None
     kept = kept._replace(input_mean=input_mean, cov=cov)
     return recipe(unit, t, kept, a, z), measured, kept
@@ -259,7 +260,7 @@ def _as_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 def dtype_of(a: Act) -> torch.dtype:
     """The storage dtype of an activation."""
-    return (a.z if isinstance(a, Norm) else a).dtype
+    return _tensor(a).dtype
 
 
 def _constant_stats(t: Tensors, dtype: torch.dtype) -> Stats:
@@ -268,11 +269,16 @@ def _constant_stats(t: Tensors, dtype: torch.dtype) -> Stats:
     return Stats(mean if t.bias is None else mean - t.bias, t.var.to(dtype))
 
 
+def keeps_covariance(size: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether the covariance of activations [N, C, H, W] is small beside them, and kept."""
+    n, channels, h, w = size
+    return KEPT_COVARIANCE_RATIO * channels * wide(dtype).itemsize <= n * h * w * dtype.itemsize
+
+
+def _tensor(a: Act) -> Tensor:
+    return a.z if isinstance(a, Norm) else a
+
+
 def _pixels(a: Act) -> int:
-    n, _, h, w = (a.z if isinstance(a, Norm) else a).shape
+    n, _, h, w = _tensor(a).shape
     return n * h * w
-
-
-def _nbytes(a: Act) -> int:
-    t = a.z if isinstance(a, Norm) else a
-    return t.numel() * t.element_size()

@@ -156,6 +156,11 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int]
     groups: int
 
+    def spatial(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Output pixels (height, width) of an input's, for a kernel of that size; below 1 where none fits."""
+        sides = zip(size, kernel, *self[:3], strict=True)
+        return tuple((side + 2 * pad - spread * (k - 1) - 1) // step + 1 for side, k, step, pad, spread in sides)
+
 
 class Window(NamedTuple):
     """A pooling window, each pair (height, width); ceil_mode as in torch."""
@@ -165,6 +170,17 @@ class Window(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     ceil_mode: bool = False
+
+    def spatial(self, size: Sequence[int]) -> tuple[int, int]:
+        """Output pixels (height, width) of an input's, as torch has them."""
+        found = []
+        for side, k, step, pad, spread in zip(size, *self[:4], strict=True):
+            reach = side + 2 * pad - spread * (k - 1) - 1
+            count = (-(-reach // step) if self.ceil_mode else reach // step) + 1
+            if self.ceil_mode and (count - 1) * step >= side + pad:
+                count -= 1  # a window must begin inside the input or its left padding
+            found.append(count)
+        return tuple(found)
 
 
 class Stats(NamedTuple):

@@ -14,10 +14,7 @@ from .bn_stats import bn_stats
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
     x, scale, shift, relu = _operands.act(a)
     if is_window(weight, geometry):
-        sides = zip(x.shape[2:], weight.shape[2:], geometry.stride, geometry.padding, geometry.dilation, strict=True)
-        height, width = (
-            (length + 2 * pad - spread * (size - 1) - 1) // step + 1 for length, size, step, pad, spread in sides
-        )
+        height, width = geometry.spatial(x.shape[2:], weight.shape[2:])
         z, mean, var = _native.load().conv_window(
             x, scale, shift, relu, weight, *geometry[:3], height, width, stats
         )

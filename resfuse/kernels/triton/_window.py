@@ -170,7 +170,7 @@ def conv_window(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tupl
     args, (outputs, inner, *size) = _operands.act(a), weight.shape
     x, groups = args.x, geometry.groups
     _operands.check_rows(a=x)
-    height, width = out_size(x, weight, geometry)
+    height, width = geometry.spatial(x.shape[2:], weight.shape[2:])
     z = torch.empty(
         (x.shape[0], outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
@@ -228,15 +228,6 @@ def conv_window_wgrad(grad: Grad, a: Act, weight: Tensor, geometry: Geometry) ->
     )
     result, _ = merge_products(products.view(shares, outer, taps * inner), None, None)
     return result.view(outer, *size, inner).permute(0, 3, 1, 2)
-
-
-def out_size(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, int]:
-    """Height and width of the convolution's output."""
-    sides = zip(x.shape[2:], weight.shape[2:], *geometry[:3], strict=True)
-    height, width = (
-        (length + 2 * pad - spread * (size - 1) - 1) // step + 1 for length, size, step, pad, spread in sides
-    )
-    return height, width
 
 
 def _taps(weight: Tensor) -> Tensor:
