@@ -38,7 +38,8 @@ def test_compiled_steps(arch, kind):
 )  # fmt: skip
 def test_windows(arch, kind):
     """Our convolutions with a window, which nothing chooses yet."""
-    check(compiled(arch, kind, ("stage1", "stage4", "small-dilated", "ragged"), windows=True), arch, kind, WINDOWS)
+    names = ("stage1", "stage4", "stage2-projection", "small-dilated", "small-groups", "small-strided", "ragged")
+    check(compiled(arch, kind, names, windows=True), arch, kind, WINDOWS)
 
 
 @pytest.mark.slow

@@ -25,26 +25,24 @@ def tile_moments(t, inside, count):
 
 
 @triton.jit
-def store_moments(partial, share, cols, channels, mean, squares):
-    """A share's moments into partial [shares, 2, channels]."""
+def store_moments(partial, share, cols, channels, limit, mean, squares):
+    """A share's moments into partial [shares, 2, channels], those of columns before `limit`."""
     at = partial + share.to(tl.int64) * (2 * channels) + cols
-    tl.store(at, mean, mask=cols < channels)
-    tl.store(at + channels, squares, mask=cols < channels)
+    tl.store(at, mean, mask=cols < limit)
+    tl.store(at + channels, squares, mask=cols < limit)
 
 
 @triton.jit
-def store_gradient(
-    da, partial, t, x, mean, block, index, cols, inside, channels, EVEN: tl.constexpr
-):  # fmt: skip
-    """Store a gradient's tile in storage dtype, and the sums of it and of it times (x - mean) as its block's share, if
-    partial [blocks of rows, 2, channels] is given."""
+def store_gradient(da, partial, t, x, mean, block, index, cols, inside, channels, limit, EVEN: tl.constexpr):
+    """Store a gradient's tile in storage dtype, its columns before `limit`, and the sums of it and of it times
+    (x - mean) as its block's share, if partial [blocks of rows, 2, channels] is given."""
     t = t.to(da.dtype.element_ty)
-    held = inside[:, None] if EVEN else inside[:, None] & (cols < channels)[None, :]
+    held = inside[:, None] if EVEN else inside[:, None] & (cols < limit)[None, :]
     tl.store(da + index.to(tl.int64)[:, None] * channels + cols[None, :], t, mask=held)
     if partial is not None:
         dy = tl.where(inside[:, None], t.to(tl.float32), 0.0)
-        along = dy * (x.to(tl.float32) - load_vector(mean, cols, channels, EVEN))
-        store_moments(partial, block, cols, channels, tl.sum(dy, 0), tl.sum(along, 0))
+        along = dy * (x.to(tl.float32) - load_vector(mean, cols, limit, EVEN))
+        store_moments(partial, block, cols, channels, limit, tl.sum(dy, 0), tl.sum(along, 0))
 
 
 @triton.jit(do_not_specialize=["shares", "group", "rows_each", "M"])
@@ -78,7 +76,7 @@ def _merge_moments(
     squares = tl.sum(spread, 0)
     if FINAL:
         squares /= rows
-    store_moments(merged, tl.program_id(0) // columns, cols, C, mean, squares)
+    store_moments(merged, tl.program_id(0) // columns, cols, C, C, mean, squares)
 
 
 def merge_moments(partial: Tensor, rows_each: int, rows: int) -> Stats:

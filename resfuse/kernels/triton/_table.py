@@ -45,6 +45,7 @@ class Rule:
 FEW = "few channels fill no larger tile"
 TWO = "two blocks of eight warps on a multiprocessor: what one waits for, the other hides"
 VECTOR_UNITS = "float32 on the vector units: 16 sums a thread"
+PIXELS = "the addresses of a window's pixels leave fewer registers for the sums"
 FEW_ROWS = Rule(Tile(64, 32, 32, 4, 3, FEW), 2, 32)
 FLOAT32_ROWS = (Rule(Tile(32, 32, 32, 8, 2, FEW), 4, 32), Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4))
 TABLE = {
@@ -86,7 +87,15 @@ TABLE = {
         Rule(Tile(128, 64, 32, 8, 3, f"a recipe of two tensors in registers; {TWO}"), 2, 64),
         Rule(Tile(64, 128, 32, 8, 3, f"as above, of more channels; {TWO}"), 2),
         FLOAT32_ROWS[0],
-        Rule(Tile(64, 32, 32, 8, 2, "the addresses of a window's pixels leave fewer registers for the sums"), 4),
+        Rule(Tile(64, 32, 32, 8, 2, PIXELS), 4, None, 90),
+        Rule(Tile(32, 64, 32, 8, 2, PIXELS), 4),
+    ),
+    "conv_window_wgrad": (
+        Rule(Tile(32, 32, 32, 8, 2, f"{FEW}; eight warps, for the addresses of a window's pixels"), None, 32),
+        Rule(Tile(64, 64, 32, 8, 1, "tensor memory: a second stage spills"), 2, None, 100),
+        Rule(Tile(64, 64, 32, 8, 3, "synchronous products: many warps hide one another's waits"), 2),
+        Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4, None, 90),
+        Rule(Tile(64, 32, 32, 8, 2, PIXELS), 4),
     ),
     "covariance": (
         Rule(Tile(32, 32, 32, 4, 2, FEW), None, 32),

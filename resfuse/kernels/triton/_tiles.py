@@ -101,12 +101,16 @@ def store_bits(keep, mask, index, first, inside, channels, BLOCK_M: tl.constexpr
 
 @triton.jit
 def load_grad(
-    g, index, first, inside, channels, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, valid=None
-):
-    """A tile of a `Grad`, in storage dtype; its columns begin at `first`. valid: [rows] of 1, and 0 where the row is
-    padding, which is 0 then: what would be said by a predicate between the recipe and a product that reads it."""
+    g, index, first, inside, channels, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, valid=None,
+    limit=None,
+):  # fmt: skip
+    """A tile of a `Grad`, in storage dtype; its columns begin at `first`, and are 0 from `limit` (channels) on. valid:
+    [rows] of 1, and 0 where the row is padding, which is 0 then: what would be said by a predicate between the recipe
+    and a product that reads it."""
     cols = first + tl.arange(0, BLOCK_K)
     starts = index.to(tl.int64) * channels
+    if limit is not None:
+        channels = limit
     t = load_tile(g.dout, starts, cols, inside, channels, EVEN)
     dtype: tl.constexpr = t.dtype
     if g.mask is not None:

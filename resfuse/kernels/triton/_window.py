@@ -1,26 +1,32 @@
 """Convolutions with a window as products: each tap is a 1x1 of shifted rows, summed in one tile.
 
     z[m] = sum over taps of act(x)[m shifted] @ W[tap].T,        0 where the shifted row is padding
-    da[m] = sum over taps of dz[m shifted back] @ W[tap]         stride 1
+    da[m] = sum over taps of dz[m shifted back] @ W[tap]
     dweight[tap] = dz.T @ act(x)[shifted]                        in shares of the rows
 
 Padding is 0 after BatchNorm and ReLU. Rows that are padding are read as 0, and their shift is multiplied by 0 from a
 table [taps, pixels]: a predicate made of indices would send the operand of each step through shared memory.
+
+With a stride an input pixel is read by some of the taps only: by the same ones as all pixels of its phase, that is its
+place modulo the stride. A program of the input gradient has rows of one phase, and only its taps. Groups have tiles of
+their own.
 """
 
 from functools import lru_cache
+from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import Act, Geometry, Grad, Norm, Stats, Summed
+from ..interface import Act, BNGrad, Geometry, Grad, Masked, Norm, Stats, Summed
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import fewer_shares, merge_moments, store_gradient, tile_moments
+from ._moments import fewer_shares, merge_moments, store_gradient, store_moments, tile_moments
 from ._outer_product import merge_products
 from ._tiles import activate, as_read, load_grad, load_tile, load_vector, rectify
+from .select import written
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -73,96 +79,126 @@ def _conv_window(
     if partial is not None:
         count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
         mean, squares = tile_moments(t.to(tl.float32), inside, count)
-        at = partial + block.to(tl.int64) * (2 * K) + group * outer + own
-        tl.store(at, mean, mask=own < outer)
-        tl.store(at + K, squares, mask=own < outer)
+        store_moments(partial, block, group * outer + own, K, group * outer + outer, mean, squares)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "each"])
 def _conv_window_dgrad(
     g,  # GradArgs [N*P*Q, K]
-    weight,  # [K, taps, C] storage
+    weight,  # [K, taps, C / groups] storage
     valid,  # [taps, H*W] float32
-    a,  # ActArgs [M, C] whose ReLU masks da, or nothing
+    firsts,  # [down + right] int32: the first tap of each phase, by lines and by columns; or None with stride 1
+    a,  # ActArgs [N*H*W, C] whose ReLU masks da, or nothing
     mean,  # [C] float32
-    da,  # [M = N*H*W, C] storage
+    da,  # [N*H*W, C] storage
     partial,  # [blocks of rows, 2, C] float32: sum(da), sum(da * (x - mean)); or None
     w,  # WindowArgs
-    M, K, C,
+    M,  # rows of a phase: N * ceil(H / down) * ceil(W / right)
+    each,  # blocks of them
+    K, C, outer, inner,  # channels, and those of a group
+    row_step, column_step,  # from a phase's tap to its next
     EVEN_K: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.cdiv(C, BLOCK_N)
-    block = tl.program_id(0) // columns
-    cols = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
-    index = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside, pixels = index < M, w.height * w.width
-    pixel = index % pixels
-    line, place = pixel // w.width + w.top, pixel % w.width + w.left
-    start = index // pixels * (w.out_height * w.out_width) + line * w.out_width + place
-    chunks = tl.cdiv(K, BLOCK_K)
+    columns = tl.cdiv(inner, BLOCK_N)
+    tiles = columns * (C // inner)
+    block, column = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    group = column // columns
+    cols, limit = group * inner + column % columns * BLOCK_N + tl.arange(0, BLOCK_N), group * inner + inner
+    position = block % each * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside, taps = position < M, w.rows * w.columns
+    if firsts is None:
+        row, tap_column, down_taps, across_taps = 0, 0, w.rows, w.columns
+        pixel = position % (w.height * w.width)
+        line, place = pixel // w.width, pixel % w.width
+        sample = position // (w.height * w.width)
+    else:
+        phase, wide = block // each, tl.cdiv(w.width, w.right)
+        row, tap_column = tl.load(firsts + phase // w.right), tl.load(firsts + w.down + phase % w.right)
+        down_taps = tl.maximum(tl.cdiv(w.rows - row, row_step), 1)
+        across_taps = tl.maximum(tl.cdiv(w.columns - tap_column, column_step), 1)
+        compact = tl.cdiv(w.height, w.down) * wide
+        line = position % compact // wide * w.down + phase // w.right
+        place = position % wide * w.right + phase % w.right
+        sample, pixel = position // compact, line * w.width + place
+        inside = inside & (line < w.height) & (place < w.width)
+        pixel = tl.where(inside, pixel, 0)
+    index = sample * (w.height * w.width) + pixel
+    line, place = line + w.top, place + w.left
+    chunks = tl.cdiv(outer, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    steps = w.rows * w.columns * chunks
+    steps = down_taps * across_taps * chunks
     tl.assume(steps > 0)
     for i in range(0, steps):
-        tap, first = i // chunks, i % chunks * BLOCK_K
-        down, right = tap // w.columns * w.apart, tap % w.columns * w.across
-        there = inside & (line - down >= 0) & (line - down < w.out_height)
-        there = there & (place - right >= 0) & (place - right < w.out_width)
-        known = tl.load(valid + tap * pixels + pixel)
-        row = start - down * w.out_width - right
-        t = load_grad(g, row, first, there, K, EVEN_K, BLOCK_M, BLOCK_K, known)
+        r, s = row + i // chunks // across_taps * row_step, tap_column + i // chunks % across_taps * column_step
+        down, across, first = line - r * w.apart, place - s * w.across, i % chunks * BLOCK_K
+        tap = r * w.columns + s
+        there = inside & (down >= 0) & (across >= 0)
+        if firsts is not None:
+            there = there & (r < w.rows) & (s < w.columns)  # a phase without taps has one that is nobody's
+            tap = tl.minimum(tap, taps - 1)
+        down, across = down // w.down, across // w.right
+        there = there & (down < w.out_height) & (across < w.out_width)
+        known = tl.load(valid + tap * (w.height * w.width) + pixel)
+        at = (sample * w.out_height + down) * w.out_width + across
+        start = group * outer
+        t = load_grad(g, at, start + first, there, K, EVEN_K, BLOCK_M, BLOCK_K, known, start + outer)
         depth = first + tl.arange(0, BLOCK_K)
-        at = weight + depth[:, None] * (w.rows * w.columns * C) + (tap * C + cols)[None, :]
+        to = weight + (start + depth)[:, None] * (taps * inner) + (tap * inner - group * inner + cols)[None, :]
         if EVEN_C and EVEN_K:
-            f = tl.load(at)
+            f = tl.load(to)
         else:
-            f = tl.load(at, mask=(depth < K)[:, None] & (cols < C)[None, :], other=0.0)
+            f = tl.load(to, mask=(depth < outer)[:, None] & (cols < limit)[None, :], other=0.0)
         acc = tl.dot(as_read(t, PRECISION), as_read(f, PRECISION), acc, input_precision=PRECISION)
     acc += 0.0
     x = acc
     if a.x is not None:
-        x = load_tile(a.x, index.to(tl.int64) * C, cols, inside, C, EVEN_C)
-        y = activate(x, load_vector(a.scale, cols, C, EVEN_C), load_vector(a.shift, cols, C, EVEN_C), True)
+        x = load_tile(a.x, index.to(tl.int64) * C, cols, inside, limit, EVEN_C)
+        y = activate(x, load_vector(a.scale, cols, limit, EVEN_C), load_vector(a.shift, cols, limit, EVEN_C), True)
         acc = tl.where(y <= 0, 0.0, acc)
-    store_gradient(da, partial, acc, x, mean, block, index, cols, inside, C, EVEN_C)
+    store_gradient(da, partial, acc, x, mean, block, index, cols, inside, C, limit, EVEN_C)
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "each"])
 def _conv_window_wgrad(
     g,  # GradArgs [M = N*P*Q, K]
     a,  # ActArgs [N*H*W, C]
-    products,  # [shares, K, taps, C] float32
+    products,  # [shares, K, taps, C / groups] float32
     w,  # WindowArgs
-    M, K, C, blocks, each,
+    M, K, C, outer, inner,  # channels, and those of a group
+    blocks, each,
     RELU: tl.constexpr, EVEN_K: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    columns, taps = tl.cdiv(C, BLOCK_C), w.rows * w.columns
-    tiles = tl.cdiv(K, BLOCK_K) * columns * taps
+    columns, taps = tl.cdiv(inner, BLOCK_C), w.rows * w.columns
+    own = tl.cdiv(outer, BLOCK_K) * columns
+    tiles = own * taps * (C // inner)
     share, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    tap, first = tile % taps, tile // taps // columns * BLOCK_K
-    outer, inner = first + tl.arange(0, BLOCK_K), tile // taps % columns * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap, group, tile = tile % taps, tile // taps // own, tile // taps % own
+    first, begin = tile // columns * BLOCK_K, tile % columns * BLOCK_C
     pixels = w.out_height * w.out_width
     down, right = tap // w.columns * w.apart - w.top, tap % w.columns * w.across - w.left
+    cols = group * inner + begin + tl.arange(0, BLOCK_C)
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for block in range(share * each, tl.minimum(share * each + each, blocks)):
         index = block * BLOCK_M + tl.arange(0, BLOCK_M)
         pixel = index % pixels
         line, place = pixel // w.out_width * w.down + down, pixel % w.out_width * w.right + right
         there = (index < M) & (line >= 0) & (line < w.height) & (place >= 0) & (place < w.width)
-        t = load_grad(g, index, first, there, K, EVEN_K, BLOCK_M, BLOCK_K)
+        t = load_grad(g, index, group * outer + first, there, K, EVEN_K, BLOCK_M, BLOCK_K)
         row = (index // pixels).to(tl.int64) * (w.height * w.width) + line * w.width + place
-        x = load_tile(a.x, row * C, inner, there, C, EVEN_C)
+        x = load_tile(a.x, row * C, cols, there, C, EVEN_C)
         if a.scale is not None:
-            x = activate(x, load_vector(a.scale, inner, C, EVEN_C), load_vector(a.shift, inner, C, EVEN_C), RELU)
+            x = activate(x, load_vector(a.scale, cols, C, EVEN_C), load_vector(a.shift, cols, C, EVEN_C), RELU)
         # Operands of transposed products go through shared memory: a predicate costs nothing more.
         t = tl.where(there[:, None], t, 0.0).to(t.dtype)
         x = tl.where(there[:, None], x, 0.0).to(x.dtype)
         acc = tl.dot(as_read(t, PRECISION).T, as_read(x, PRECISION), acc, input_precision=PRECISION)
-    held = (outer < K)[:, None] & (inner < C)[None, :]
-    at = products + share.to(tl.int64) * K * taps * C + outer[:, None] * (taps * C) + (tap * C + inner)[None, :]
-    tl.store(at, acc, mask=held)
+    # Columns beyond the group's are another's, and are not stored.
+    outputs, inputs = first + tl.arange(0, BLOCK_K), begin + tl.arange(0, BLOCK_C)
+    at = products + share.to(tl.int64) * K * taps * inner + (group * outer + outputs)[:, None] * (taps * inner)
+    held = (outputs < outer)[:, None] & (inputs < inner)[None, :]
+    tl.store(at + (tap * inner + inputs)[None, :], acc, mask=held)
 
 
 def conv_window(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
@@ -191,43 +227,55 @@ def conv_window(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tupl
 def conv_window_dgrad(
     grad: Grad, a: Act, weight: Tensor, geometry: Geometry, mean: Tensor | None
 ) -> Tensor | Summed:
-    """da, stride 1 and no groups; if a's ReLU has a BatchNorm of that mean under it, masked and with its sums."""
-    args, (outer, channels, *size) = _operands.grad(grad), weight.shape
-    x = a.z if isinstance(a, Norm) else a
+    """da; if a's ReLU has a BatchNorm of that mean under it, masked and with its sums."""
+    x, groups = a.z if isinstance(a, Norm) else a, geometry.groups
+    args, (outputs, inner, *size) = _operands.grad(_unmasked(grad, groups)), weight.shape
     window = _operands.window_args(x, *args.dout.shape[2:], (tuple(size), *geometry[:3]))
-    da, count = _operands.empty_rows(x, channels), _operands.rows(x)
-    tile = _table.tile("conv_window_dgrad", da.dtype, channels, arch(da))
-    blocks, columns = -(-count // tile.rows), -(-channels // tile.channels)
-    summed = mean is not None and _operands.relu(a)
+    channels, outer, (down, right) = inner * groups, outputs // groups, geometry.stride
+    da, count = _operands.empty_rows(x, channels), x.shape[0] * -(-x.shape[2] // down) * -(-x.shape[3] // right)
+    tile = _table.tile("conv_window_dgrad", da.dtype, inner, arch(da))
+    each, columns = -(-count // tile.rows), -(-inner // tile.channels)
+    blocks, summed = each * down * right, mean is not None and _operands.relu(a)
     partial = torch.empty((blocks, 2, channels), dtype=torch.float32, device=da.device) if summed else None
     launch(
-        _conv_window_dgrad, blocks * columns, da, args, _taps(weight), valid_places(window, da.device),
-        _operands.act(a) if summed else _operands.NO_ACT, mean if summed else None, da, partial, window, count, outer,
-        channels, EVEN_K=outer % tile.depth == 0, EVEN_C=channels % tile.channels == 0,
-        PRECISION=_operands.precision(da), BLOCK_M=tile.rows, BLOCK_N=tile.channels, BLOCK_K=tile.depth,
-        **tile.options,
+        _conv_window_dgrad, blocks * columns * groups, da, args, _taps(weight), valid_places(window, da.device),
+        None if geometry.stride == (1, 1) else _first_taps(window, da.device),
+        _operands.act(a) if summed else _operands.NO_ACT, mean if summed else None, da, partial, window, count, each,
+        outputs, channels, outer, inner, *_tap_steps(window), EVEN_K=outer % tile.depth == 0,
+        EVEN_C=inner % tile.channels == 0, PRECISION=_operands.precision(da), BLOCK_M=tile.rows,
+        BLOCK_N=tile.channels, BLOCK_K=tile.depth, **tile.options,
     )
     return Summed(da, fewer_shares(partial)) if summed else da
 
 
 def conv_window_wgrad(grad: Grad, a: Act, weight: Tensor, geometry: Geometry) -> Tensor:
-    """dweight in float32, no groups."""
-    left, right, (outer, inner, *size) = _operands.grad(grad), _operands.act(a), weight.shape
+    """dweight in float32."""
+    (outputs, inner, *size), groups = weight.shape, geometry.groups
+    left, right, outer = _operands.grad(_unmasked(grad, groups)), _operands.act(a), outputs // groups
     _operands.check_rows(a=right.x)
     window = _operands.window_args(right.x, *left.dout.shape[2:], (tuple(size), *geometry[:3]))
     count, taps = _operands.rows(left.dout), size[0] * size[1]
-    tile = _table.tile("outer_product", right.x.dtype, inner, arch(right.x))
-    tiles = -(-outer // tile.rows) * -(-inner // tile.channels) * taps
+    tile = _table.tile("conv_window_wgrad", right.x.dtype, inner, arch(right.x))
+    tiles = -(-outer // tile.rows) * -(-inner // tile.channels) * taps * groups
     shares, each = _table.shares(count, tile.depth, tiles)
-    products = torch.empty((shares, outer, taps, inner), dtype=torch.float32, device=right.x.device)
+    products = torch.empty((shares, outputs, taps, inner), dtype=torch.float32, device=right.x.device)
     launch(
-        _conv_window_wgrad, shares * tiles, right.x, left, right, products, window, count, outer, inner,
-        -(-count // tile.depth), each, RELU=_operands.relu(a), EVEN_K=outer % tile.rows == 0,
+        _conv_window_wgrad, shares * tiles, right.x, left, right, products, window, count, outputs, inner * groups,
+        outer, inner, -(-count // tile.depth), each, RELU=_operands.relu(a), EVEN_K=outer % tile.rows == 0,
         EVEN_C=inner % tile.channels == 0, PRECISION=_operands.precision(right.x), BLOCK_M=tile.depth,
         BLOCK_K=tile.rows, BLOCK_C=tile.channels, **tile.options,
     )
-    result, _ = merge_products(products.view(shares, outer, taps * inner), None, None)
-    return result.view(outer, *size, inner).permute(0, 3, 1, 2)
+    result, _ = merge_products(products.view(shares, outputs, taps * inner), None, None)
+    return result.view(outputs, *size, inner).permute(0, 3, 1, 2)
+
+
+def _unmasked(grad: Grad, groups: int) -> Grad:
+    """The gradient without a mask where there are groups, whose channels do not begin at its words."""
+    if groups == 1:
+        return grad
+    if isinstance(grad, BNGrad) and isinstance(grad.dy, Masked):
+        return grad._replace(dy=written(grad.dy))
+    return written(grad) if isinstance(grad, Masked) else grad
 
 
 def _taps(weight: Tensor) -> Tensor:
@@ -246,11 +294,34 @@ def valid_rows(w: _operands.WindowArgs, device: torch.device) -> Tensor:
 
 @lru_cache(64)
 def valid_places(w: _operands.WindowArgs, device: torch.device) -> Tensor:
-    """[taps, H*W] float32: 1 where the output pixel that reads an input pixel by the tap exists; stride 1."""
+    """[taps, H*W] float32: 1 where an output pixel reads an input pixel by the tap."""
     return _valid(
         w.rows, w.columns, w.height, w.width, w.out_height, w.out_width, device,
-        lambda r, h: h + w.top - r * w.apart, lambda s, v: v + w.left - s * w.across,
+        lambda r, h: _exact(h + w.top - r * w.apart, w.down), lambda s, v: _exact(v + w.left - s * w.across, w.right),
     )
+
+
+def _exact(distance: Tensor, stride: int) -> Tensor:
+    """distance / stride, and -1 where that is no integer."""
+    return torch.where(distance % stride == 0, distance // stride, -1)
+
+
+@lru_cache(64)
+def _first_taps(w: _operands.WindowArgs, device: torch.device) -> Tensor:
+    """[down + right] int32: the first tap, by lines and by columns, that reads pixels of each phase; as many as there
+    are where none does."""
+
+    def first(phase: int, taps: int, apart: int, pad: int, stride: int) -> int:
+        return next((r for r in range(taps) if (phase + pad - r * apart) % stride == 0), taps)
+
+    lines = [first(phase, w.rows, w.apart, w.top, w.down) for phase in range(w.down)]
+    places = [first(phase, w.columns, w.across, w.left, w.right) for phase in range(w.right)]
+    return torch.tensor(lines + places, dtype=torch.int32, device=device)
+
+
+def _tap_steps(w: _operands.WindowArgs) -> tuple[int, int]:
+    """From a phase's tap to its next, by lines and by columns."""
+    return w.down // gcd(w.down, w.apart), w.right // gcd(w.right, w.across)
 
 
 def _valid(rows, columns, height, width, limit_height, limit_width, device, line, place) -> Tensor:

@@ -34,7 +34,7 @@ def _bn_stats(
         mean += apart * (more / both)
         squares += spread + apart * apart * (count * more / both)
         count = both
-    store_moments(partial, share, cols, C, mean, squares)
+    store_moments(partial, share, cols, C, C, mean, squares)
 
 
 def bn_stats(z: Tensor) -> Stats:

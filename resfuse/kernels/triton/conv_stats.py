@@ -44,7 +44,7 @@ def _conv_stats(
     if partial is not None:
         count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
         mean, squares = tile_moments(t.to(tl.float32), inside, count)
-        store_moments(partial, block, cols, K, mean, squares)
+        store_moments(partial, block, cols, K, K, mean, squares)
 
 
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:

@@ -62,7 +62,7 @@ def _expand(
     if partial is not None:
         count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
         mean, squares = tile_moments(t.to(tl.float32), inside, count)
-        store_moments(partial, block, cols, K, mean, squares)
+        store_moments(partial, block, cols, K, K, mean, squares)
 
 
 def expand(a: Act, weight: Tensor, scale: Tensor, shift: Tensor, total: Sum, want: Want) -> Written:

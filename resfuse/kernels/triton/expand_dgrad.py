@@ -59,7 +59,7 @@ def _expand_dgrad(
         if a.scale is not None:
             y = activate(x, load_vector(a.scale, cols, C, EVEN_C), load_vector(a.shift, cols, C, EVEN_C), A_RELU)
         acc = tl.where(y <= 0, 0.0, acc)
-    store_gradient(da, partial, acc, x, mean, block, index, cols, inside, C, EVEN_C)
+    store_gradient(da, partial, acc, x, mean, block, index, cols, inside, C, C, EVEN_C)
 
 
 def expand_dgrad(
