@@ -45,7 +45,7 @@ def with_windows(k: SimpleNamespace) -> SimpleNamespace:
 
     def patched(function: Callable) -> Callable:
         def call(*args):
-            before, _table.ours = _table.ours, lambda kernel, arch: True
+            before, _table.ours = _table.ours, lambda *_: True
             try:
                 return function(*args)
             finally:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import info, kernels, plot, tables, verify
+from . import info, kernels, plot, tables, tune, verify
 from .implementations import IMPLEMENTATIONS, Implementation
 from .plan import Plan, plan
 from .run import run
@@ -45,7 +45,11 @@ def parser() -> argparse.ArgumentParser:
     compiled = commands.add_parser("kernels", help="what the Triton kernels are compiled to; needs no GPU")
     compiled.add_argument("--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="default: 90")
     compiled.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    for command in (bench, training, facts):
+    tuning = commands.add_parser("tune", help="the Triton kernels' tiles measured on a GPU; prints a new launch table")
+    tuning.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    tuning.add_argument("--batch", type=int, default=256)
+    tuning.add_argument("--seconds", type=_positive, default=1.0, help="for each comparison of tiles (default: 1)")
+    for command in (bench, training, facts, tuning):
         command.add_argument(
             "--device", type=torch.device, default=_default_device(), help="default: cuda if there is one"
         )
@@ -67,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if found.passed else 1
     if options.command == "kernels":
         kernels.show(options.arch, getattr(torch, options.dtype), console)
+    elif options.command == "tune":
+        tune.run(getattr(torch, options.dtype), options.batch, options.seconds, options.device, console)
     else:
         info.show(options.device, console)
     return 0

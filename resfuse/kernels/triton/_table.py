@@ -7,8 +7,12 @@ that a program writes, `depth` the piece of the summed dimension that one step r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from ..interface import Geometry
 
 
 @dataclass(frozen=True)
@@ -123,14 +127,29 @@ TABLE = {
 SHARES = 528
 
 
-# Convolutions with a window that are ours rather than the vendor's, by kernel and architecture: where a measurement on
-# such a GPU says that ours is faster. None does yet.
-WINDOWS: frozenset[tuple[str, int]] = frozenset()
+class Own(NamedTuple):
+    """A convolution with a window, or one of its gradients, that may be ours: kernel, architecture, bytes of a value,
+    input channels of a group, stride, groups."""
+
+    kernel: str
+    arch: int
+    bytes: int
+    channels: int
+    stride: tuple[int, int]
+    groups: int
 
 
-def ours(kernel: str, arch: int) -> bool:
+# Those that are ours rather than the vendor's: where a measurement says that ours is faster. None does yet.
+WINDOWS: frozenset[Own] = frozenset()
+
+
+def ours(kernel: str, weight: Tensor, geometry: Geometry, arch: int) -> bool:
     """Whether a window's kernel is ours there."""
-    return (kernel, arch) in WINDOWS
+    return own(kernel, weight, geometry, arch) in WINDOWS
+
+
+def own(kernel: str, weight: Tensor, geometry: Geometry, arch: int) -> Own:
+    return Own(kernel, arch, weight.element_size(), weight.shape[1], tuple(geometry.stride), geometry.groups)
 
 
 def tile(primitive: str, dtype: torch.dtype, channels: int, arch: int) -> Tile:

@@ -115,9 +115,9 @@ def _window(
     """The gradients of another window than 1x1, each by whoever was measured faster."""
     da = dweight = None
     made = arch(weight)
-    if needs[0] and _table.ours("conv_window_dgrad", made):
+    if needs[0] and _table.ours("conv_window_dgrad", weight, geometry, made):
         da = conv_window_dgrad(grad, a, weight, geometry, mean if add is None else None)
-    if needs[1] and _table.ours("conv_window_wgrad", made):
+    if needs[1] and _table.ours("conv_window_wgrad", weight, geometry, made):
         dweight = conv_window_wgrad(grad, a, weight, geometry)
     rest = needs[0] and da is None, needs[1] and dweight is None
     if any(rest):

@@ -49,7 +49,7 @@ def _conv_stats(
 
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
     if not is_product(weight, geometry):
-        if _table.ours("conv_window", arch(weight)):
+        if _table.ours("conv_window", weight, geometry, arch(weight)):
             return conv_window(a, weight, geometry, stats)
         z = conv(materialised(a), weight, geometry)
         return z, bn_stats(z) if stats else None

@@ -33,7 +33,7 @@ def compile_steps(
     """
     before, chosen = torch.backends.cudnn.allow_tf32, _table.ours
     torch.backends.cudnn.allow_tf32 = tf32
-    _table.ours = lambda kernel, arch: windows
+    _table.ours = lambda *_: windows
     try:
         with compiled_for(arch) as compiler:
             for name in names:
