@@ -104,7 +104,7 @@ def extensions(archs: list[str], pybind11: str | None) -> list[Extension]:
     ops = Extension(
         "resfuse._ops",
         sources("ops.cpp", "cpu/*.cpp", *(["cuda/*.cpp", "cuda/*.cu"] if archs else [])),
-        include_dirs=include_paths(device),
+        include_dirs=include_paths(device) + [str(ROOT / "csrc" / part) for part in ("", "cuda", "cuda/device")],
         library_dirs=library_paths(device),
         libraries=["c10", "torch", "torch_cpu"] + (["c10_cuda", "torch_cuda", "cudart"] if archs else []),
         extra_compile_args={"cxx": CXX_FLAGS + openmp_flags() + sanitize, "nvcc": NVCC_FLAGS},

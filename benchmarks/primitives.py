@@ -3,6 +3,7 @@ measured in the same run, its bytes and operations come to."""
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from statistics import median
@@ -37,6 +38,17 @@ def sets(device: torch.device, dtype: torch.dtype) -> dict[str, SimpleNamespace]
     names = [name for name in dispatch.ORDER if not dispatch.missing(name, device.type, dtype)]
     names += ["auto"] if device.type == "cpu" else []
     return {name: dispatch.kernels(name, device.type, dtype) for name in names}
+
+
+def parts(device: torch.device, dtype: torch.dtype) -> dict[str, SimpleNamespace]:
+    """The sets that run some primitives on a GPU; on a CPU the automatic choice has them."""
+    found = {}
+    for name in dispatch.ORDER if device.type == "cuda" else ():
+        chosen = dispatch.kernel_set(name)
+        if not chosen.unsupported(device.type, dtype) and dispatch.missing(name, device.type, dtype):
+            modules = {p: importlib.import_module(f"{chosen.__name__}.{p}") for p in chosen.PRIMITIVES}
+            found[name] = SimpleNamespace(**{p: getattr(module, p) for p, module in modules.items()})
+    return found
 
 
 def with_windows(k: SimpleNamespace) -> SimpleNamespace:
@@ -150,6 +162,8 @@ def measure(
     for name, work in works(case, dtype, device).items():
         exact = list(_tensors(work.call(kernels["eager"])))
         errors, candidates = {}, dict(kernels)
+        primitive = name.removeprefix("3x3 ").partition(",")[0]
+        candidates |= {chosen: k for chosen, k in parts(device, dtype).items() if hasattr(k, primitive)}
         if "3x3" in name and "triton" in kernels:
             candidates["triton, own windows"] = with_windows(kernels["triton"])
         for chosen, k in candidates.items():

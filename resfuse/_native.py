@@ -23,7 +23,7 @@ def unavailable() -> tuple[Reason, ...]:
     if not (RECORD.exists() and LIBRARY.exists()):
         text = f"resfuse was installed without its native library; `{REBUILD}` in its source folder builds it"
         return (Reason("native_missing", text),)
-    record = json.loads(RECORD.read_text())
+    record = build_record()
     running = {
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
@@ -51,9 +51,14 @@ def load() -> ModuleType:
     return torch.ops.resfuse
 
 
+def build_record() -> dict:
+    """What the build wrote down; empty where there was none."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
 def build_facts() -> dict:
     """The build record and, where the module of build facts exists, what the compiler itself reports."""
-    facts = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    facts = build_record()
     if unavailable():
         return facts
     try:

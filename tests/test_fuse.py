@@ -134,7 +134,7 @@ def test_not_a_module(function):
         function(3)
 
 
-LATER = [dict(backend="cuda"), dict(memory="lean"), dict(memory=0.3), dict(deterministic=True)]
+LATER = [dict(memory="lean"), dict(memory=0.3), dict(deterministic=True)]
 
 
 @pytest.mark.parametrize("setting", LATER, ids=str)
@@ -143,10 +143,11 @@ def test_settings_of_later_versions_are_refused(setting):
         resfuse.FuseConfig(**setting)
 
 
-def test_a_backend_that_lacks_primitives_is_refused_with_every_reason():
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_a_backend_that_lacks_primitives_is_refused_with_every_reason(backend):
     model = nn.Sequential(Bottleneck(16, 4))
     with pytest.raises(resfuse.Unsupported, match="primitive_missing.*scale_weight"):
-        resfuse.fuse(model, config=resfuse.FuseConfig(backend="cpu"))
+        resfuse.fuse(model, config=resfuse.FuseConfig(backend=backend))
     assert type(model[0]) is Bottleneck
 
 

@@ -5,8 +5,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from units import NATIVE, TRITON, activation, triton_kernels
+from units import EMULATED, NATIVE, TRITON, activation, triton_kernels
 
+from resfuse.kernels import cuda
 from resfuse.kernels.eager import _rows
 from resfuse.kernels.interface import (
     Affine,
@@ -26,6 +27,7 @@ from resfuse.kernels.interface import (
     Want,
     Window,
 )
+from resfuse.testing.cuda import emulated, on_gpu
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 16, 4, 4), (1, 65, 9, 7)]  # N, C, H, W
@@ -34,10 +36,10 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 STORED = {
     "eager": tuple(DTYPES), "cpu": (torch.float32, torch.bfloat16),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }  # fmt: skip
-# What the CPU set leaves to the eager one; "vector": buffers that are not float32.
-REFUSALS = {"weighed_second", "dtype", "device", "vector"}
+# What sets leave to the eager one; "vector": buffers that are not float32; "second": a product beside apply.
+REFUSALS = {"weighed_second", "second", "dtype", "device", "vector"}
 
 
 @pytest.fixture(
@@ -45,7 +47,8 @@ REFUSALS = {"weighed_second", "dtype", "device", "vector"}
     params=[
         "eager", "eager, many parts", pytest.param("cpu", marks=NATIVE), pytest.param("triton", marks=TRITON),
         pytest.param("triton, windows", marks=TRITON),
-        pytest.param("triton, gpu", marks=[TRITON, pytest.mark.gpu]),
+        pytest.param("triton, gpu", marks=[TRITON, pytest.mark.gpu]), pytest.param("cuda", marks=EMULATED),
+        pytest.param("cuda, gpu", marks=pytest.mark.gpu),
     ],  # fmt: skip
 )
 def kernel_set(request, monkeypatch):
@@ -54,8 +57,14 @@ def kernel_set(request, monkeypatch):
     monkeypatch.setattr(primitive, "kernel_set", name)
     if how == "windows" and "conv" not in request.node.name:
         pytest.skip("windows: these kernels are of convolutions alone")
+    if name == "cuda" and not any(own in request.node.name for own in cuda.PRIMITIVES):
+        pytest.skip("cuda: these primitives are other sets'")
     windows = how in ("windows", "gpu")
-    with triton_kernels(monkeypatch, gpu=how == "gpu", windows=windows) if name == "triton" else nullcontext():
+    way = {
+        "triton": lambda: triton_kernels(monkeypatch, gpu=how == "gpu", windows=windows),
+        "cuda": on_gpu if how == "gpu" else emulated,
+    }.get(name, nullcontext)
+    with way():
         yield name
 
 

@@ -9,10 +9,12 @@ import torch
 
 from resfuse.functional import BN, Conv, ConvBN
 from resfuse.kernels import triton
+from resfuse.testing import emulator
 
 BUILT = os.environ.get("RESFUSE_NATIVE", "1" if sys.platform == "linux" else "0") == "1"
 NATIVE = pytest.mark.skipif(not BUILT, reason="native_missing: RESFUSE_NATIVE=0")
 TRITON = pytest.mark.skipif(bool(triton.unavailable()), reason="; ".join(": ".join(r) for r in triton.unavailable()))
+EMULATED = pytest.mark.skipif(emulator.unavailable() is not None, reason=f"emulator: {emulator.unavailable()}")
 PARAMETERS = ("weight", "bias", "gamma", "beta")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -18,8 +18,8 @@ from .interface import PRIMITIVES, Reason, Unsupported
 
 log = logging.getLogger("resfuse")
 
-ORDER = ("triton", "cpu", "eager")  # preferred first
-UNPROVEN = ("triton",)  # not yet tested on the device they are for: by name only, never by `auto`
+ORDER = ("triton", "cuda", "cpu", "eager")  # preferred first
+UNPROVEN = ("triton", "cuda")  # not yet tested on the device they are for: by name only, never by `auto`
 _fallbacks: dict[tuple[str, str, str], Reason] = {}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..interface import Act, BNGrad, Grad, Masked, Norm, Padded, Reason, Second, Sum, Unsupported, Want, Written
+from .. import flat
+from ..interface import Act, BNGrad, Grad, Masked, Reason, Second, Sum, Unsupported, Want
 from . import unsupported
 
 STORED = (torch.float32, torch.bfloat16)
@@ -35,11 +36,6 @@ def check_vectors(dtype: torch.dtype = torch.float32, **vectors: Tensor | None) 
         raise Unsupported(reasons)
 
 
-def vector(t: Tensor | None) -> Tensor | None:
-    """A parameter as the operators take it."""
-    return t if t is None or t.dtype == torch.float32 else t.float()
-
-
 def check_stored(**matrices: Tensor) -> None:
     """Raise Unsupported unless each matrix is on the CPU, contiguous and of a stored dtype."""
     reasons = []
@@ -51,51 +47,39 @@ def check_stored(**matrices: Tensor) -> None:
 
 
 def act(a: Act) -> tuple:
-    """(x, x_scale, x_shift, x_relu)."""
-    x, scale, shift, relu = a if isinstance(a, Norm) else (a, None, None, False)
-    check_views(a=x)
-    return x, scale, shift, relu
+    """`flat.act`, checked."""
+    found = flat.act(a)
+    check_views(a=found[0])
+    return found
 
 
 def masked(g: Tensor | Masked) -> tuple:
-    """(dout, mask, row_scale, factor)."""
-    dout, mask, row_scale, factor = g if isinstance(g, Masked) else (g, None, None, 1.0)
-    check_rows(g=dout)
-    return dout, mask, row_scale, factor
+    """`flat.masked`, checked."""
+    found = flat.masked(g)
+    check_rows(g=found[0])
+    return found
 
 
 def gradient(g: Grad) -> tuple:
-    """`masked`, and behind it (z, scale, shift, mean, mean_dy, slope), None where there is no BatchNorm."""
-    if not isinstance(g, BNGrad):
-        return *masked(g), None, None, None, None, None, None
-    check_rows(z=g.z)
-    return *masked(g.dy), g.z, g.scale, g.shift, g.mean, g.mean_dy, g.slope
+    """`flat.gradient`, checked."""
+    found = flat.gradient(g)
+    check_rows(g=found[0])
+    if isinstance(g, BNGrad):
+        check_rows(z=g.z)
+    return found
 
 
 def total(s: Sum, want: Want) -> tuple:
-    """The operands of a sum; a `Second` leaves its scale and shift alone in it."""
-    residual, scale, shift, relu, before = s.residual, None, None, False, 0
-    if isinstance(residual, Padded):
-        residual, before, _ = residual
-    if isinstance(residual, Norm):
-        residual, scale, shift, relu = residual
-    elif isinstance(residual, Second):
-        residual, scale, shift = None, residual.scale, residual.shift
-    check_views(residual=residual)
+    """`flat.total`, checked."""
+    found = flat.total(s, want)
+    check_views(residual=found[0])
     check_rows(gate=s.gate)
-    return (
-        residual, scale, shift, relu, before, s.row_scale, s.gate, s.scale, s.relu, want.mask, want.stats,
-    )  # fmt: skip
+    return found
 
 
 def second(residual) -> tuple:
     """(second, second_scale, second_shift, second_relu, second_weight) of an `expand`."""
     return (*act(residual.x), residual.weight) if isinstance(residual, Second) else (None, None, None, False, None)
-
-
-def written(results: tuple[Tensor, Tensor, Tensor, Tensor], want: Want, stats: type) -> Written:
-    out, mask, mean, var = results
-    return Written(out, mask if want.mask else None, stats(mean, var) if want.stats else None)
 
 
 def _is_stored(t: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """apply: a sum whose main branch is scale * z + shift, its mask and statistics (`csrc/cpu/apply.cpp`)."""
 
 from ... import _native
-from ..interface import Norm, Reason, Second, Stats, Sum, Unsupported, Want, Written
+from .. import flat
+from ..interface import Norm, Reason, Second, Sum, Unsupported, Want, Written
 from . import _operands
 from .expand import expand
 
@@ -16,4 +17,4 @@ def apply(a: Norm, total: Sum, want: Want) -> Written:
         return expand(product.x, product.weight, product.scale, product.shift, total, want)
     _operands.check_views(z=a.z)
     results = _native.load().apply(a.z, a.scale, a.shift, *_operands.total(total, want))
-    return _operands.written(results, want, Stats)
+    return flat.written(results, want)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ... import _native
+from .. import flat
 from ..interface import Act, BNContext, BNGrad, Grad, Norm, Reason, Summed, Unsupported
 from . import _operands
 
@@ -15,7 +16,7 @@ def bn_backward(dy: Grad | Summed, a: Act | None, z: Tensor, context: BNContext)
     mean, invstd, gamma, batch = context
     # A given activation's own scale and shift: its mask is then made to the bit as it was.
     scale, shift = (None, None) if a is None else (a.scale, a.shift)
-    gamma = _operands.vector(gamma)
+    gamma = flat.vector(gamma)
     operands = *_operands.masked(dy), z, scale, shift, mean, invstd, gamma
     dbeta, dgamma, mean_dy, slope, bn_scale = _native.load().bn_reduce(*operands)
     if not batch:

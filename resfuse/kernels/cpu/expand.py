@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from ... import _native
-from ..interface import Act, Stats, Sum, Want, Written
+from .. import flat
+from ..interface import Act, Sum, Want, Written
 from . import _operands
 
 
 def expand(a: Act, weight: Tensor, scale: Tensor, shift: Tensor, total: Sum, want: Want) -> Written:
     operands = *_operands.act(a), weight, scale, shift, *_operands.second(total.residual)
-    return _operands.written(_native.load().expand(*operands, *_operands.total(total, want)), want, Stats)
+    return flat.written(_native.load().expand(*operands, *_operands.total(total, want)), want)

@@ -1,0 +1,52 @@
+// bn_dgrad, select: a gradient's recipe (device/gradient.h) as a tensor, rounded once. Reads dout and what the recipe has
+// of z and mask, writes one tensor.
+#include "device/gradient.h"
+#include "launchers.h"
+
+namespace resfuse::cuda {
+namespace {
+
+// Rows asked for at once: one where each channel is a load of its own.
+template <bool kWhole>
+constexpr int kRows = kWhole ? 2 : 1;
+
+template <class T, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 2)
+bn_dgrad_kernel(Gradient g, T* __restrict__ out, int64_t rows, int64_t each) {
+  constexpr int kUnroll = kRows<kWhole>;
+  const Place place(rows, each);
+  const int left = g.channels - place.first;
+  if (left <= 0) return;
+  const GradientVectors vectors(g, place.first);
+  for (int64_t first = place.begin + place.down; first < place.end; first += kUnroll * kDown) {
+    GradientRaw<T> raw[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (first + u * kDown < place.end) raw[u] = load_gradient<T, kWhole>(g, first + u * kDown, place.first);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t row = first + u * kDown;
+      if (row >= place.end) break;
+      float v[kVector];
+      gradient_values(v, g, raw[u], vectors);
+      Raw<T> stored;
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) stored.v[i] = Stored<T>::from(v[i]);
+      store_raw<kWhole>(out + row * g.channels + place.first, stored, left);
+    }
+  }
+}
+
+}  // namespace
+
+int bn_dgrad(DType dtype, const Gradient& g, void* out, int64_t rows, bool even, void* stream) {
+  const dim3 grid(unsigned(tiles(g.channels)), unsigned(shares(rows)));
+  return with_storage(dtype, [&](auto stored) {
+    using T = decltype(stored);
+    const auto kernel = even ? bn_dgrad_kernel<T, true> : bn_dgrad_kernel<T, false>;
+    return launch(kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), g, static_cast<T*>(out), rows,
+                  rows_each(rows));
+  });
+}
+
+}  // namespace resfuse::cuda

@@ -1,0 +1,49 @@
+// What the operators start: one function for each primitive, without a CUDA or torch header. Each returns 0 or the
+// launch's error; `stream` is a cudaStream_t. even: rows and vectors allow accesses of 16 bytes (device/rows.h).
+#pragma once
+
+#include "arguments.h"
+
+namespace resfuse::cuda {
+
+// Shares of the rows, one a block: they do not depend on the device, so that the order of a sum does not either.
+constexpr int64_t kMostShares = 1024, kShareRows = 32;
+inline int64_t rows_each(int64_t rows) {
+  const int64_t each = (rows + kMostShares - 1) / kMostShares;
+  return (each + kShareRows - 1) / kShareRows * kShareRows;
+}
+inline int64_t shares(int64_t rows) {
+  return rows == 0 ? 0 : (rows + rows_each(rows) - 1) / rows_each(rows);
+}
+
+// partial [shares, 2, C]; mean and biased variance [C].
+int bn_stats(DType dtype, const void* z, float* partial, float* mean, float* var, int64_t rows, int channels, bool even,
+             void* stream);
+
+// scale = gamma * invstd, shift = beta - mean * scale, invstd = 1 / sqrt(var + eps); gamma and beta may be null.
+int finalize(const float* mean, const float* var, const float* gamma, const float* beta, float eps, float* scale,
+             float* shift, float* invstd, int channels, void* stream);
+
+// running += momentum * (new - running), the variance unbiased; momentum < 0: 1 / the counter after its step.
+int update_running(const float* mean, const float* var, int64_t count, float* running_mean, float* running_var,
+                   int64_t* tracked, float momentum, int channels, void* stream);
+
+int apply(DType dtype, const Sum& sum, bool even, void* stream);
+
+// The recipe's tensor [M, C].
+int bn_dgrad(DType dtype, const Gradient& g, void* out, int64_t rows, bool even, void* stream);
+
+// Of g its part up to the masks; partial [shares, 2, C].
+int bn_reduce(DType dtype, const Gradient& g, const float* mean, const float* invstd, const float* gamma, float* partial,
+              const ReduceResults& results, int64_t rows, bool even, void* stream);
+
+// out [N*P*Q, C]: maxima of act(scale * z + shift), rounded; argmax uint8 [N*P*Q, C]: row * columns + column in the
+// window. The first maximum wins, and the last NaN.
+int bn_relu_max_pool(DType dtype, const void* z, const float* scale, const float* shift, bool relu, void* out,
+                     uint8_t* argmax, const Pool& pool, int64_t out_rows, int channels, bool even, void* stream);
+
+// dy [N*H*W, C]: what of dout [N*P*Q, C] went through each pixel.
+int max_pool_backward(DType dtype, const void* dout, const uint8_t* argmax, void* dy, const Pool& pool, int64_t rows,
+                      int channels, bool even, void* stream);
+
+}  // namespace resfuse::cuda

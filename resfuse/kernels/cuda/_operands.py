@@ -1,0 +1,39 @@
+"""What the CUDA operators cannot read, refused before anything has run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..interface import Reason, Unsupported
+from . import _ops
+
+STORED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_rows(**tensors: Tensor | None) -> None:
+    """Raise Unsupported unless each tensor is of a stored dtype, on a GPU and dense in channels_last."""
+    _check(tensors, False)
+
+
+def check_views(**tensors: Tensor | None) -> None:
+    """As `check_rows`, strided views of channels_last too."""
+    _check(tensors, True)
+
+
+def vector(t: Tensor | None) -> Tensor | None:
+    """A vector as the operators take it: float32, one value after the other."""
+    return t if t is None else t.float().contiguous()
+
+
+def _check(tensors: dict[str, Tensor | None], views: bool) -> None:
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if t.dtype not in STORED:
+            raise Unsupported([Reason("dtype", f"{name} is {t.dtype}")])
+        if not t.is_cuda and _ops.instead is None:
+            raise Unsupported([Reason("device", f"{name} is on {t.device}")])
+        if not t.is_contiguous(memory_format=torch.channels_last) and not (views and t.stride(1) == 1):
+            kinds = "channels_last, nor a strided view of it" if views else "dense in channels_last"
+            raise Unsupported([Reason("layout", f"{name} is not {kinds}")])

@@ -1,0 +1,254 @@
+"""The CUDA set's kernels run on a CPU: in any order of threads, reading what their files say, and no bug unseen."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from units import EMULATED, activation
+
+from resfuse.kernels import cuda, dispatch
+from resfuse.kernels.cuda._ops import ops
+from resfuse.kernels.interface import BNContext, BNGrad, Masked, Norm, Sum, Want, Window
+from resfuse.testing import comparison, emulator
+from resfuse.testing.cases import CASES
+from resfuse.testing.comparison import MODES
+from resfuse.testing.cuda import emulated
+
+pytestmark = EMULATED
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [  # whole tiles; a part of a tile; single channels; whole shares; shares of more rows than threads
+    (3, 64, 5, 7), (2, 72, 9, 4), (1, 13, 40, 1), (2, 13, 8, 4), (1, 8, 260, 130),
+]  # fmt: skip
+
+
+def own(name):
+    import importlib
+
+    return getattr(importlib.import_module(f"resfuse.kernels.cuda.{name}"), name)
+
+
+def operands(shape, dtype):
+    n, c, h, w = shape
+    generator = torch.Generator().manual_seed(1)
+    z, dout, residual = (activation(*shape, dtype=dtype, seed=seed) for seed in range(3))
+    vectors = torch.rand(4, c, generator=generator) + 0.5
+    mask = torch.randint(0, 256, (n * h * w, -(-c // 8)), generator=generator, dtype=torch.uint8)
+    return z, dout, residual, mask, *vectors
+
+
+def results(shape, dtype):
+    """Something of every kernel, by name."""
+    z, dout, residual, mask, mean, scale, shift, _ = operands(shape, dtype)
+    window = Window((3, 3), (2, 2), (1, 1))
+    recipe = Norm(z, scale, shift - 1)
+    pooled, argmax = own("bn_relu_max_pool")(recipe, window)
+    context = BNContext(mean, scale, shift, True)
+    dz, dgamma, dbeta = own("bn_backward")(Masked(dout, mask), recipe, z, context)
+    written = own("apply")(recipe, Sum(residual), Want(mask=True))
+    own("update_running")([])
+    return {
+        "bn_stats": own("bn_stats")(z), "apply": (written.out, written.mask), "bn_backward": (dgamma, dbeta),
+        "bn_dgrad": own("bn_dgrad")(dz), "select": own("select")(Masked(dout, mask, None, 0.5)),
+        "pool": (pooled, argmax),
+        "pool backward": own("bn_relu_max_pool_backward")(pooled, argmax, recipe, window, context)[1:],
+        "finalize": own("finalize")((mean, scale), shift, None, 1e-5),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_order_of_threads_gives_the_same_bits(shape, dtype):
+    with emulated():
+        expected = results(shape, dtype)
+    for order in (1, 2):
+        with emulated(order=order, seed=5):
+            found = results(shape, dtype)
+        for name, values in expected.items():
+            pairs = zip(_tensors(found[name]), _tensors(values), strict=True)
+            assert all(torch.equal(mine, theirs) for mine, theirs in pairs), name
+
+
+def _tensors(value):
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_traffic(shape, dtype):
+    """Every activation is read once and every result written once."""
+    z, dout, residual, mask, mean, scale, shift, slope = operands(shape, dtype)
+    with emulated() as library:
+
+        def read(*tensors):
+            return all(library.traffic(t) == t.nbytes for t in tensors)
+
+        def wrote(*tensors):
+            return all(library.traffic(t, written=True) == t.nbytes for t in tensors)
+
+        own("bn_stats")(z)
+        assert read(z)
+        written = own("apply")(Norm(z, scale, shift), Sum(residual), Want(mask=True))
+        assert read(z, residual) and wrote(written.out, written.mask)
+        out = own("bn_dgrad")(BNGrad(Masked(dout, mask), z, mean, scale, shift, slope, shift))
+        assert read(dout, z, mask) and wrote(out)
+        out = own("select")(Masked(dout, mask))
+        assert read(dout, mask) and wrote(out)
+        own("bn_reduce")(Masked(dout, mask), z, mean, scale)
+        assert read(dout, z, mask)
+        argmax = torch.zeros_like(dout, dtype=torch.uint8)
+        assert wrote(ops().max_pool_backward(dout, argmax, dout, [1, 1], [1, 1], [0, 0], [1, 1]))
+        assert read(dout, argmax)
+
+
+def test_many_shares():
+    """More rows than the first share holds, the last share not full: the merging kernels."""
+    z = activation(5, 8, 100, 70, dtype=torch.float32) + 10
+    with emulated():
+        mean, var = own("bn_stats")(z)
+        dbeta, dgamma = own("bn_reduce")(z, z, mean, torch.ones(8))
+    assert torch.allclose(mean, z.double().mean((0, 2, 3)).float(), rtol=1e-6)
+    assert torch.allclose(var, z.double().var((0, 2, 3), correction=0).float(), rtol=1e-5)
+    assert torch.allclose(dbeta, z.double().sum((0, 2, 3)).float(), rtol=1e-5)
+    expected = (z.double() * (z.double() - z.double().mean((0, 2, 3), keepdim=True))).sum((0, 2, 3))
+    assert torch.allclose(dgamma, expected.float(), rtol=1e-3)
+
+
+def test_nan_and_inf():
+    z = torch.tensor([float("nan"), float("inf"), -float("inf"), -1.0]).view(4, 1, 1, 1)
+    z = z.expand(4, 8, 1, 1).contiguous(memory_format=torch.channels_last)
+    one, none = torch.ones(8), torch.zeros(8)
+    with emulated():
+        written = own("apply")(Norm(z, one, none), Sum(), Want(mask=True))
+        assert own("bn_stats")(z).mean.isnan().all()
+        line = z.view(1, 4, 8, 1).permute(0, 2, 3, 1).contiguous(memory_format=torch.channels_last)
+        pooled, argmax = own("bn_relu_max_pool")(Norm(line, one, none), Window((1, 4), (1, 1)))
+    assert torch.equal(written.out[:, 0, 0, 0].nan_to_num(7.0, float("inf")), torch.tensor([7.0, float("inf"), 0, 0]))
+    assert written.mask.flatten().tolist() == [255, 255, 0, 0]
+    assert pooled.isnan().all() and argmax.eq(0).all()
+
+
+def test_bad_operands_are_named():
+    z, vector = activation(2, 8, 3, 3, dtype=torch.float32), torch.ones(8)
+    with emulated():
+        with pytest.raises(RuntimeError, match=r"shift must be contiguous of shape \[8\]"):
+            ops().bn_dgrad(z, None, None, 1.0, z, vector, torch.ones(7), None, None, None)
+        with pytest.raises(RuntimeError, match="z must be dense in channels_last"):
+            ops().bn_stats(z.contiguous())
+        with pytest.raises(TypeError, match="store float32, bfloat16 or float16, not Double"):
+            ops().bn_stats(z.double())
+
+
+@pytest.mark.parametrize("mode", ["float32", "autocast-bfloat16"])
+@pytest.mark.parametrize("name", ["small-projection", "ragged", "small-stem", "small-preact", "small-padded"])
+def test_blocks(name, mode, monkeypatch):
+    """Where the set has a kernel it serves, the eager set elsewhere."""
+    import resfuse
+
+    monkeypatch.setattr(dispatch, "ORDER", ("cuda", "eager"))
+    monkeypatch.setattr(dispatch, "UNPROVEN", ())
+    with emulated():
+        chosen = dispatch.kernels("auto", "cpu", torch.float32).chosen
+        assert {primitive for primitive, of in chosen.items() if of == "cuda"} == set(cuda.PRIMITIVES)
+        comparison.check_case(CASES[name], resfuse.fuse, MODES[mode], range(5), kinks=False)
+
+
+def test_alone_it_says_what_it_lacks():
+    with emulated():
+        (reason,) = dispatch.missing("cuda", "cpu", torch.float32)
+    assert reason.code == "primitive_missing" and "covariance" in reason.text
+    codes = {reason.code for reason in cuda.unsupported("cpu", torch.float64)}
+    assert {"dtype", "device"} <= codes
+
+
+# Seeded bugs -----------------------------------------------------------------------------------------------------
+
+BUGS = [  # file, what stands there, what stands there instead, what the emulator or the numbers say
+    ("bn_stats.cu", "if (row + u * kDown < place.end) raw", "if (row + u * kDown <= place.end) raw", "out-of-bounds"),
+    ("bn_stats.cu", "  __syncthreads();\n  const int column", "  const int column", "race|uninitialised"),
+    ("bn_stats.cu", "  __syncthreads();\n  if (lane != 0", "  if (lane != 0", "race|uninitialised"),
+    ("bn_stats.cu", "means, kDown * kColumns)", "means, kDown * kColumns - 1)", "out-of-bounds"),
+    ("bn_stats.cu", "if (column < kColumns && channel < channels)", "if (column < kColumns)", "out-of-bounds|race"),
+    ("bn_stats.cu", "share * each < rows;", "share * each <= rows;", "out-of-bounds|numbers"),
+    ("bn_reduce.cu", "if (which < 2 && channel < g.channels)", "if (which < 2)", "out-of-bounds|race"),
+    ("bn_reduce.cu", "  __syncthreads();\n  if (lane != 0", "  if (lane != 0", "race|uninitialised"),
+    ("bn_reduce.cu", "if (place.first < g.channels) {", "{", "out-of-bounds"),
+    ("device/shares.h", "scratch[down * kColumns + across * kVector + i] = sums[which][i];\n    __syncthreads();",
+     "scratch[down * kColumns + across * kVector + i] = sums[which][i];", "race|uninitialised"),
+    ("device/shares.h", "= total;\n    }\n    __syncthreads();", "= total;\n    }", "race|uninitialised"),
+    ("device/rows.h", "raw.v[i] = i < left ? at[i] : Stored", "raw.v[i] = i <= left ? at[i] : Stored", "out-of-bounds"),
+    ("device/rows.h", "      if (i < left) at[i] = raw.v[i];\n  }\n}\n\n// The same",
+     "      at[i] = raw.v[i];\n  }\n}\n\n// The same", "out-of-bounds|race"),
+    ("device/rows.h", "end(begin + rows_each < rows ? begin + rows_each : rows)", "end(begin + rows_each)",
+     "out-of-bounds"),
+    ("device/gradient.h", "row * ((g.channels + 7) / 8) + first / 8]", "row * (g.channels / 8) + first / 8]",
+     "numbers|out-of-bounds"),
+    ("apply.cu", "if (left <= 0) return;", "", "out-of-bounds|race"),
+    ("apply.cu", "if (row >= place.end) break;\n      main", "main", "out-of-bounds"),
+    ("bn_dgrad.cu", "      if (row >= place.end) break;\n", "", "out-of-bounds|race|uninitialised"),
+    ("bn_relu_max_pool.cu", "column + s * pool.across < pool.width", "column + s * pool.across <= pool.width",
+     "out-of-bounds|numbers"),
+    ("bn_relu_max_pool.cu", "line + r * pool.apart < pool.height", "true", "out-of-bounds|numbers"),
+    ("bn_relu_max_pool.cu", "return begin < 0 ? (-begin + apart - 1) / apart : 0;", "return 0;",
+     "out-of-bounds|numbers"),
+    ("bn_relu_max_pool.cu", "p < pool.out_height; ++p", "p <= pool.out_height; ++p", "out-of-bounds"),
+    ("finalize.cu", "  if (c >= channels) return;\n", "", "out-of-bounds"),
+    ("finalize.cu", "    __syncthreads();  // everybody", "    //", "race"),
+]  # fmt: skip
+SAMPLE = (1, 9, 13)
+
+CHECK = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[1])
+import test_cuda
+from resfuse.kernels.interface import RunningUpdate, Stats
+from resfuse.testing import cuda
+library = cuda.load(Path(sys.argv[2]))
+def run():
+    torch.manual_seed(0)
+    found = []
+    for shape in test_cuda.SHAPES:
+        found += [t for v in test_cuda.results(shape, torch.float32).values() for t in test_cuda._tensors(v)]
+    mean, var, count = torch.zeros(300), torch.ones(300), torch.tensor(3)
+    stats = Stats(torch.randn(300), torch.rand(300))
+    test_cuda.own("update_running")([RunningUpdate(stats, 40, mean, var, count, None)])
+    return found + [mean, var, count]
+with cuda.emulated(library=library):
+    found = run()
+torch.save(found, sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory):
+    return _run(emulator.CSRC / "cuda", tmp_path_factory.mktemp("right"))
+
+
+def _run(sources: Path, folder: Path):
+    """What the kernels of a folder give, computed in a process of its own; its error text where it fails."""
+    to = folder / "found.pt"
+    command = [sys.executable, "-c", CHECK, str(Path(__file__).parent), str(sources), str(to)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return torch.load(to) if done.returncode == 0 else done.stderr
+
+
+@pytest.mark.parametrize(
+    "bug", [pytest.param(bug, marks=() if i in SAMPLE else pytest.mark.slow) for i, bug in enumerate(BUGS)],
+    ids=[f"{file}: {text.strip().splitlines()[0]}" for file, text, _, _ in BUGS],
+)  # fmt: skip
+def test_a_bug_is_seen(bug, expected, tmp_path):
+    file, text, instead, says = bug
+    shutil.copytree(emulator.CSRC / "cuda", tmp_path / "cuda")
+    path = tmp_path / "cuda" / file
+    source = path.read_text()
+    assert source.count(text) == 1, f"the bug fits {source.count(text)} places"
+    path.write_text(source.replace(text, instead))
+    found = _run(tmp_path / "cuda", tmp_path)
+    if not isinstance(found, str):
+        same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, expected, strict=True))
+        found = "nothing" if same else "numbers"
+    assert any(f"{word}" in found for word in says.split("|")), found[-2000:]
