@@ -103,6 +103,47 @@ def test_traffic(shape, dtype):
         assert read(dout, argmax)
 
 
+# Pixels and channels: three shares, the last not full, and parts of tiles; one share, single channels; whole tiles.
+PRODUCTS = [((1, 30, 23), 136, 64), ((3, 5, 7), 13, 20), ((2, 24, 11), 64, 128)]
+
+
+def products(pixels, outer, inner, dtype):
+    n, h, w = pixels
+    generator = torch.Generator().manual_seed(3)
+    dout, x = activation(n, outer, h, w, dtype=dtype, seed=1), activation(n, inner, h, w, dtype=dtype, seed=2)
+    mask = torch.randint(0, 256, (n * h * w, -(-outer // 8)), generator=generator, dtype=torch.uint8)
+    scale, shift, mean, weight = (torch.rand(size, generator=generator) + 0.5 for size in (inner, inner, inner, n))
+    g, a = Masked(dout, mask, weight, 0.5), Norm(x, scale, shift - 1)
+    found = own("covariance")(a), own("expand_products")(g, a, mean, None)[:2]
+    return g, a, mean, found
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("pixels, outer, inner", PRODUCTS)
+def test_products(pixels, outer, inner, dtype):
+    with emulated() as library:
+        g, a, mean, ((centre, cov), (found, total)) = products(pixels, outer, inner, dtype)
+        if inner <= 64:
+            assert library.traffic(g.dout) == g.dout.nbytes
+        assert library.traffic(a.z) == a.z.nbytes * -(-outer // 64)
+        assert library.stat("ldmatrix_cycles") == library.stat("ldmatrix") > 0, "bank conflicts"
+        values = matrix(own("select")(g)), matrix(own("apply")(a, Sum(), Want()).out)
+    for order in (1, 2):
+        with emulated(order=order, seed=7):
+            again = products(pixels, outer, inner, dtype)[3]
+        pairs = zip((centre, cov, found, total), (*again[0], *again[1]), strict=True)
+        assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    left, right = values
+    assert torch.allclose(found.double(), left.T @ (right - mean.double()), rtol=1e-4, atol=1e-3)
+    assert torch.allclose(total.double(), left.sum(0), rtol=1e-4, atol=1e-3)
+    assert torch.allclose(centre.double(), right.mean(0), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(cov.double(), torch.cov(right.T, correction=0).view(cov.shape), rtol=1e-4, atol=1e-5)
+
+
+def matrix(t):
+    return t.double().permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
 def test_many_shares():
     """More rows than the first share holds, the last share not full: the merging kernels."""
     z = activation(5, 8, 100, 70, dtype=torch.float32) + 10
@@ -158,7 +199,7 @@ def test_blocks(name, mode, monkeypatch):
 def test_alone_it_says_what_it_lacks():
     with emulated():
         (reason,) = dispatch.missing("cuda", "cpu", torch.float32)
-    assert reason.code == "primitive_missing" and "covariance" in reason.text
+    assert reason.code == "primitive_missing" and "conv_stats" in reason.text
     codes = {reason.code for reason in cuda.unsupported("cpu", torch.float64)}
     assert {"dtype", "device"} <= codes
 
@@ -196,8 +237,30 @@ BUGS = [  # file, what stands there, what stands there instead, what the emulato
     ("bn_relu_max_pool.cu", "p < pool.out_height; ++p", "p <= pool.out_height; ++p", "out-of-bounds"),
     ("finalize.cu", "  if (c >= channels) return;\n", "", "out-of-bounds"),
     ("finalize.cu", "    __syncthreads();  // everybody", "    //", "race"),
+    ("device/outer_product.h", "    __syncthreads();  // the tiles are whole; and everybody", "    // everybody",
+     "race|async-copy|uninitialised"),
+    ("device/outer_product.h", "    cp_async_wait<1>();\n", "    cp_async_wait<2>();\n", "async-copy"),
+    ("device/outer_product.h", "    cp_async_commit();\n", "", "async-copy"),
+    ("device/outer_product.h", "const bool valid = index < end && left > 0;", "const bool valid = left > 0;",
+     "out-of-bounds|numbers"),
+    ("device/outer_product.h", "valid = index < end && left > 0;", "valid = index < end;", "out-of-bounds"),
+    ("device/outer_product.h", "const bool inside = valid && first", "const bool inside = first", "numbers"),
+    ("device/outer_product.h", "bits[i] = later[i], weight[i] = later_weight[i];", "bits[i] = later[i];", "numbers"),
+    ("device/outer_product.h", "  __syncthreads();  // the stages have been read\n", "", "race"),
+    ("device/outer_product.h", "chunks.sums[j];\n  __syncthreads();", "chunks.sums[j];", "race|uninitialised"),
+    ("device/outer_product.h", "= sum;\n  }\n  __syncthreads();", "= sum;\n  }", "race|uninitialised"),
+    ("device/outer_product.h", "kStages = 3, kBlock", "kStages = 2, kBlock", "race|async-copy|numbers"),
+    ("device/outer_product.h", "of_right + offset_of(k * 16 + (lane & 15)", "of_right + offset_of(k * 16 + (lane & 7)",
+     "numbers"),
+    ("expand_products.cu", "if (k < g.channels && c < a.x.channels)", "if (k < g.channels)", "out-of-bounds|race"),
+    ("expand_products.cu", "  __syncthreads();\n  if (lane != 0", "  if (lane != 0", "race|uninitialised"),
+    ("expand_products.cu", "share < shares; share += kLanes", "share <= shares; share += kLanes",
+     "out-of-bounds|numbers"),
+    ("covariance.cu", "if (r0 + r < channels && c0 + c < channels)", "if (r0 + r < channels)", "out-of-bounds|race"),
+    ("covariance.cu", "  __syncthreads();\n  if (lane != 0", "  if (lane != 0", "race|uninitialised"),
+    ("covariance.cu", "if (r / kTile > c / kTile)", "if (false)", "uninitialised"),
 ]  # fmt: skip
-SAMPLE = (1, 9, 13)
+SAMPLE = (1, 9, 13, 24)
 
 CHECK = """
 import sys
@@ -211,6 +274,8 @@ library = cuda.load(Path(sys.argv[2]))
 def run():
     torch.manual_seed(0)
     found = []
+    for case in test_cuda.PRODUCTS:
+        found += [t for pair in test_cuda.products(*case, torch.bfloat16)[3] for t in pair]
     for shape in test_cuda.SHAPES:
         found += [t for v in test_cuda.results(shape, torch.float32).values() for t in test_cuda._tensors(v)]
     mean, var, count = torch.zeros(300), torch.ones(300), torch.tensor(3)

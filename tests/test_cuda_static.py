@@ -19,7 +19,10 @@ def test_compiled(source, arch):
     kernels = ptxas.compile_source(source, arch)
     assert kernels
     for kernel in kernels:
-        assert kernel.spills == 0 and kernel.registers <= 128, kernel
+        # Two blocks of 256 threads on a multiprocessor, or three of 128 in products.
+        assert kernel.spills == 0 and kernel.registers <= (168 if kernel.products else 128), kernel
         assert kernel.shared <= 48 << 10, kernel
         if ", true>" in kernel.name:
             assert kernel.wide, kernel
+        if source.stem in ("covariance", "expand_products") and "," in kernel.name:
+            assert kernel.products, kernel

@@ -158,12 +158,14 @@ def test_launches_by_other_callers(library):
 
 def test_builds_are_reused_and_errors_shown(tmp_path):
     source = tmp_path / "kernel.cu"
-    source.write_text('#include "ptx.h"\nextern "C" int one() { return 1; }\n')
+    header, other = tmp_path / "beside.h", tmp_path / "other.h"
+    header.write_text("")
+    source.write_text('#include "beside.h"\n#include "ptx.h"\nextern "C" int one() { return 1; }\n')
     first = emulator.build([source])
     stamp = first.stat().st_mtime_ns
+    other.write_text("")  # which nobody includes
     assert emulator.build([source]) == first and first.stat().st_mtime_ns == stamp
-    header = tmp_path / "beside.h"
-    header.write_text("")
+    header.write_text("// changed\n")
     assert emulator.build([source]) != first
     source.write_text('#include "ptx.h"\n__global__ void kernel() { __shared__ int x; }\n')
     with pytest.raises(RuntimeError, match="use SHARED_ARRAY"):

@@ -21,6 +21,13 @@ struct Rows {
   View view;
 };
 
+// interface.Act: act(scale * x + shift), x itself where scale is null.
+struct Activation {
+  Rows x;
+  const float *scale = nullptr, *shift = nullptr;
+  bool relu = false;
+};
+
 // interface.Masked and interface.BNGrad:
 //   dy = factor * row_scale[n] * (dout where mask else 0),   0 where scale * z + shift <= 0
 //   g  = scale * (dy - mean_dy - (z - mean) * slope)

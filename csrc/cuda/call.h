@@ -53,6 +53,12 @@ class Call {
     watch(t, name, 1);
     return static_cast<T*>(t.data_ptr());
   }
+  // Not all of t need be written; what is read has been.
+  template <class T = void>
+  T* part(const at::Tensor& t, const char* name) {
+    watch(t, name, 1, false);
+    return static_cast<T*>(t.data_ptr());
+  }
   template <class T>
   T* inout(const OptionalTensor& t, const char* name) {
     if (!t) return nullptr;
@@ -86,16 +92,16 @@ class Call {
 #ifdef RESFUSE_EMULATED
   std::vector<std::pair<const void*, const char*>> outputs_;
 
-  void watch(const at::Tensor& t, const char* name, int mode) {
+  void watch(const at::Tensor& t, const char* name, int mode, bool all = true) {
     int64_t last = t.numel() == 0 ? -1 : 0;  // a view's memory reaches to its last element
     for (int64_t d = 0; d < t.dim() && last >= 0; ++d) last += (t.size(d) - 1) * t.stride(d);
     emu_register(t.data_ptr(), uint64_t(last + 1) * t.element_size(), name, mode);
-    if (mode == 1 && last >= 0) outputs_.push_back({t.data_ptr(), name});
+    if (mode == 1 && all && last >= 0) outputs_.push_back({t.data_ptr(), name});
   }
 #else
   c10::cuda::CUDAGuard guard_;
 
-  void watch(const at::Tensor&, const char*, int) {}
+  void watch(const at::Tensor&, const char*, int, bool = true) {}
 #endif
 };
 

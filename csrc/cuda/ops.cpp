@@ -185,6 +185,54 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_reduce
   return {found[0], found[1], found[2], found[3], found[4]};
 }
 
+Activation activation(Call& call, const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool relu) {
+  return {rows_of(call, x, "x"), call.in<float>(scale, "x_scale"), call.in<float>(shift, "x_shift"), relu};
+}
+
+void check_activation(const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
+  TORCH_CHECK(x.dim() == 4 && (x.stride(1) == 1 || is_dense(x)), "x must be channels_last or a strided view of it");
+  TORCH_CHECK_TYPE(x.scalar_type() != at::kFloat, "products of transposed activations are of 16 bits, not of ",
+                   x.scalar_type());
+  TORCH_CHECK(scale.has_value() == shift.has_value(), "x_scale and x_shift belong together");
+  check_vector(scale, "x_scale", x, x.size(1));
+  check_vector(shift, "x_shift", x, x.size(1));
+}
+
+std::tuple<at::Tensor, at::Tensor> covariance_op(
+    const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool relu) {
+  check_activation(x, scale, shift);
+  const int64_t channels = x.size(1), rows = row_count(x), shares = product_shares(rows, int(channels), int(channels));
+  const at::Tensor means = empty_vector(x, shares * channels), squares = empty_vector(x, shares * channels * channels);
+  const at::Tensor mean = empty_vector(x, channels), cov = empty_vector(x, channels * channels);
+  Call call(x);
+  call.done(covariance(dtype_of(x), activation(call, x, scale, shift, relu), call.out<float>(means, "means"),
+                       call.part<float>(squares, "squares"), call.out<float>(mean, "mean"), call.out<float>(cov, "cov"),
+                       rows, even(x), call.stream()));
+  return {mean, cov.view({channels, channels})};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products_op(
+    const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
+    const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool relu, const OptionalTensor& mean,
+    const OptionalTensor& /*wg: u is left to expand_dgrad*/) {
+  const OptionalTensor none;
+  const GradientTensors g{dout, mask, row_scale, factor, none, none, none, none, none, none};
+  g.check();
+  check_activation(x, scale, shift);
+  check_beside(x, "x", dout, x.size(1));
+  check_vector(mean, "mean", x, x.size(1));
+  const int64_t outer = dout.size(1), inner = x.size(1), rows = row_count(x);
+  const int64_t shares = product_shares(rows, int(outer), int(inner));
+  const at::Tensor products = empty_vector(x, shares * outer * inner), sums = empty_vector(x, shares * outer);
+  const at::Tensor result = empty_vector(x, outer * inner), total = empty_vector(x, outer);
+  Call call(x);
+  call.done(expand_products(dtype_of(x), g.arguments(call), activation(call, x, scale, shift, relu),
+                            call.in<float>(mean, "mean"), call.out<float>(products, "products"),
+                            call.out<float>(sums, "sums"), call.out<float>(result, "result"),
+                            call.out<float>(total, "total"), rows, g.even() && even(x), call.stream()));
+  return {result.view({outer, inner}), total, empty_vector(x, 0)};
+}
+
 Pool pool_of(const at::Tensor& x, int64_t height, int64_t width, at::IntArrayRef size, at::IntArrayRef stride,
              at::IntArrayRef padding, at::IntArrayRef dilation) {
   for (const at::IntArrayRef pair : {size, stride, padding, dilation})
@@ -245,6 +293,8 @@ TORCH_LIBRARY_IMPL(resfuse, CUDA, m) {
   m.impl("bn_dgrad", &bn_dgrad_op);
   m.impl("bn_reduce", &bn_reduce_op);
   m.impl("bn_relu_max_pool", &bn_relu_max_pool_op);
+  m.impl("covariance", &covariance_op);
+  m.impl("expand_products", &expand_products_op);
   m.impl("finalize", &finalize_op);
   m.impl("max_pool_backward", &max_pool_backward_op);
   m.impl("update_running", &update_running_op);

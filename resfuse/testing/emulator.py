@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,8 @@ CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emu"
 READ, WRITE, READWRITE = 0, 1, 2
 
-INCLUDES = [f"-I{CSRC / folder}" for folder in ("emu", "cuda/device", "cuda", "")]
+FOLDERS = [CSRC / folder for folder in ("emu", "cuda/device", "cuda", "")]
+INCLUDES = [f"-I{folder}" for folder in FOLDERS]
 # No contraction: the same bits as the C++ kernels, and a fused multiply-add only where the source has one.
 COMMON = ["-std=c++17", "-O2", "-g", "-fPIC", "-ffp-contract=off", "-Wall", *INCLUDES]
 # The compiler's calls before each access; csrc/emu/memory.cpp answers them in place of a sanitizer's runtime.
@@ -63,10 +65,9 @@ def build(
     `link` for linking all.
     """
     runtime = sorted((CSRC / "emu").glob("*.cpp"))
-    headers = [*(CSRC / "cuda").rglob("*.h"), *(CSRC / "common").rglob("*.h")]
-    jobs = [(source, [], []) for source in runtime]
-    jobs += [(Path(source), [*CHECKS, "-xc++"], headers) for source in kernels]
-    jobs += [(Path(source), [*flags], headers) for source in bindings]
+    jobs = [(source, []) for source in runtime]
+    jobs += [(Path(source), [*CHECKS, "-xc++"]) for source in kernels]
+    jobs += [(Path(source), [*flags]) for source in bindings]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: _object(*job), jobs))
     # The runtime comes first: of a function that it and a kernel instantiate, it must not get the checked copy.
@@ -74,9 +75,22 @@ def build(
     return _cached(f"{Path(kernels[0]).stem}.so", command, objects)
 
 
-def _object(source: Path, flags: list[str], headers: list[Path]) -> Path:
-    near = [*(CSRC / "emu").glob("*.h"), *source.parent.rglob("*.h")]
-    return _cached(f"{source.stem}.o", [*COMMON, *flags, "-c", str(source)], [source, *headers, *near])
+def _object(source: Path, flags: list[str]) -> Path:
+    return _cached(f"{source.stem}.o", [*COMMON, *flags, "-c", str(source)], list(_read_by(source)))
+
+
+def _read_by(source: Path) -> set[Path]:
+    """The source and the headers of ours that it includes, directly or not, found as the compiler finds them."""
+    found, waiting = set(), [source]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^\s*#include "([^"]+)"', path.read_text(), re.M):
+            places = (folder / name for folder in (path.parent, *FOLDERS))
+            waiting += [next(place for place in places if place.exists())]
+    return found
 
 
 def _cached(name: str, command: list[str], inputs: list[Path]) -> Path:

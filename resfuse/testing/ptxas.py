@@ -20,13 +20,14 @@ ENTRY = re.compile(
 
 
 class Compiled(NamedTuple):
-    """A kernel's demangled name, and what it takes; wide: its loads and stores of 16 bytes."""
+    """A kernel's demangled name, and what it takes; wide: its accesses of 16 bytes; products: its mma.sync."""
 
     name: str
     registers: int
     shared: int
     spills: int
     wide: int
+    products: int
 
 
 def unavailable() -> str | None:
@@ -45,9 +46,10 @@ def compile_source(source: Path, arch: str) -> list[Compiled]:
     bodies = {m[1]: m[2] for m in re.finditer(r"\.entry (\w+)\((.*?)\n}", ptx, re.S)}
     found = []
     for name, stores, loads, registers, shared in ENTRY.findall(done.stderr):
-        wide = len(re.findall(r"\b(?:ld|st)\.global\S*\.v4", bodies[name]))
+        wide = len(re.findall(r"\b(?:ld|st)\.global\S*\.v4|\bcp\.async\.cg", bodies[name]))
+        products = len(re.findall(r"\bmma\.sync", bodies[name]))
         spills = int(stores) + int(loads)
-        found.append(Compiled(_demangled(name), int(registers), int(shared or 0), spills, wide))
+        found.append(Compiled(_demangled(name), int(registers), int(shared or 0), spills, wide, products))
     return found
 
 

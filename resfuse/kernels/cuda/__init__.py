@@ -12,7 +12,7 @@ from . import _ops
 
 PRIMITIVES = (
     "apply", "bn_backward", "bn_dgrad", "bn_reduce", "bn_relu_max_pool", "bn_relu_max_pool_backward", "bn_stats",
-    "finalize", "prepare", "select", "update_running",
+    "covariance", "expand_products", "finalize", "prepare", "select", "update_running",
 )  # fmt: skip
 STATUS = "CUDA C++ kernels; checked without a GPU (run on a CPU by an emulator, compiled), unproven on one"
 LEAST_CAPABILITY = (8, 0)
