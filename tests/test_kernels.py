@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from units import EMULATED, NATIVE, TRITON, activation, triton_kernels
+from units import CUDA, EMULATED, NATIVE, TRITON, activation, triton_kernels
 
 from resfuse.kernels import cuda
 from resfuse.kernels.eager import _rows
@@ -48,7 +48,7 @@ REFUSALS = {"weighed_second", "second", "dtype", "device", "vector"}
         "eager", "eager, many parts", pytest.param("cpu", marks=NATIVE), pytest.param("triton", marks=TRITON),
         pytest.param("triton, windows", marks=TRITON),
         pytest.param("triton, gpu", marks=[TRITON, pytest.mark.gpu]), pytest.param("cuda", marks=EMULATED),
-        pytest.param("cuda, gpu", marks=pytest.mark.gpu),
+        pytest.param("cuda, gpu", marks=[CUDA, pytest.mark.gpu]),
     ],  # fmt: skip
 )
 def kernel_set(request, monkeypatch):

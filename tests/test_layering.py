@@ -69,7 +69,7 @@ def test_kernel_sets_know_only_the_interface_and_the_vendor(kernel_set):
         if name == prefix or name.startswith(prefix + "."):
             for target in imports(name, path):
                 own = target == prefix or target.startswith(prefix + ".")
-                known = ("kernels.interface", "kernels.vendor", "kernels.flat", "_native")
+                known = ("kernels.interface", "kernels.vendor", "kernels.flat", "kernels.nvidia", "_native")
                 assert own or target in known, f"{name} imports {target}"
             assert "autograd" not in path.read_text(), f"{name} speaks of autograd"
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from resfuse import _native
 from resfuse.functional import BN, Conv, ConvBN
 from resfuse.kernels import triton
 from resfuse.testing import emulator
@@ -14,6 +15,10 @@ from resfuse.testing import emulator
 BUILT = os.environ.get("RESFUSE_NATIVE", "1" if sys.platform == "linux" else "0") == "1"
 NATIVE = pytest.mark.skipif(not BUILT, reason="native_missing: RESFUSE_NATIVE=0")
 TRITON = pytest.mark.skipif(bool(triton.unavailable()), reason="; ".join(": ".join(r) for r in triton.unavailable()))
+CUDA = pytest.mark.skipif(
+    not _native.build_record().get("cuda_archs"),
+    reason=f"cuda_left_out: {_native.build_record().get('cuda_left_out')}",
+)
 EMULATED = pytest.mark.skipif(emulator.unavailable() is not None, reason=f"emulator: {emulator.unavailable()}")
 PARAMETERS = ("weight", "bias", "gamma", "beta")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

@@ -9,10 +9,6 @@
 namespace resfuse::cuda {
 namespace {
 
-// Rows asked for at once: one where each channel is a load of its own.
-template <bool kWhole>
-constexpr int kRows = kWhole ? 2 : 1;
-
 template <class T, bool kWhole>
 DEVICE_FN Raw<T> load_residual(const Sum& p, int64_t row, int first) {
   const Rows& r = p.residual;

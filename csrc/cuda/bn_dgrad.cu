@@ -6,10 +6,6 @@
 namespace resfuse::cuda {
 namespace {
 
-// Rows asked for at once: one where each channel is a load of its own.
-template <bool kWhole>
-constexpr int kRows = kWhole ? 2 : 1;
-
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2)
 bn_dgrad_kernel(Gradient g, T* __restrict__ out, int64_t rows, int64_t each) {

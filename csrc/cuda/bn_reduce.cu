@@ -7,10 +7,6 @@
 namespace resfuse::cuda {
 namespace {
 
-// Rows asked for at once: one where each channel is a load of its own.
-template <bool kWhole>
-constexpr int kRows = kWhole ? 2 : 1;
-
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2)
 reduce_kernel(Gradient g, const float* __restrict__ mean, float* __restrict__ partial, int64_t rows, int64_t each) {

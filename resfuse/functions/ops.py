@@ -150,11 +150,15 @@ def describe_bn_relu(spec: PoolSpec, flat: Sequence[Tensor | None]) -> bn_relu.M
 
 def describe_gradients(spec: Spec | PoolSpec, flat: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     """Empty tensors like the gradients that are needed: of activations in out's layout, else as their operands lie."""
-    parts = spec.parts if isinstance(spec, Spec) else 1
     return [
-        torch.empty_like(t, memory_format=spec.out_layout if i < parts else torch.preserve_format)
+        torch.empty_like(t, memory_format=_layout(spec, i))
         for i, (t, need) in enumerate(zip(flat, needs, strict=True)) if need
     ]  # fmt: skip
+
+
+def _layout(spec: Spec | PoolSpec, i: int) -> torch.memory_format:
+    """Of the gradient of operand i."""
+    return spec.out_layout if i < (spec.parts if isinstance(spec, Spec) else 1) else torch.preserve_format
 
 
 # Lists of tensors ------------------------------------------------------------------------------------------------
@@ -198,13 +202,7 @@ def _define(name: str, steps: Steps, describe: Callable) -> Steps:
     )
 
     def run(operands, text):
-        spec = decode(text)
-        made = steps.forward(spec, operands)
-        found = [
-            t.contiguous(memory_format=shape.layout)
-            for t, shape in zip(leaves(made), leaves(describe(spec, operands)), strict=True)
-        ]
-        return _owned(found, operands)
+        return _owned(list(leaves(steps.forward(decode(text), operands))), operands)
 
     def fake(operands, text):
         return [
@@ -214,10 +212,9 @@ def _define(name: str, steps: Steps, describe: Callable) -> Steps:
 
     def run_backward(operands, saved, dout, text, needs):
         spec = decode(text)
-        found = steps.backward(spec, operands, saved, dout, needs)
-        promised = describe_gradients(spec, [t if t is None else t.to("meta") for t in operands], needs)
-        wanted = (t for t, need in zip(found, needs, strict=True) if need)
-        return _owned([_as(t, like) for t, like in zip(wanted, promised, strict=True)], [*operands, *saved, dout])
+        found = zip(steps.backward(spec, operands, saved, dout, needs), operands, needs, strict=True)
+        laid_out = [_laid_out(t, like, _layout(spec, i)) for i, (t, like, need) in enumerate(found) if need]
+        return _owned(laid_out, [*operands, *saved, dout])
 
     def fake_backward(operands, saved, dout, text, needs):
         return describe_gradients(decode(text), operands, needs)
@@ -238,11 +235,13 @@ def _define(name: str, steps: Steps, describe: Callable) -> Steps:
     return Steps(forward, backward, update_buffers)
 
 
-def _as(t: Tensor, like: Tensor) -> Tensor:
-    """t with another's strides."""
-    if all(a == b or n == 1 for n, a, b in zip(t.shape, t.stride(), like.stride(), strict=True)):
+def _laid_out(t: Tensor, operand: Tensor, layout: torch.memory_format) -> Tensor:
+    """A gradient as `describe_gradients` promises it."""
+    if layout != torch.preserve_format:
+        return t.contiguous(memory_format=layout)
+    if all(a == b or n == 1 for n, a, b in zip(t.shape, t.stride(), operand.stride(), strict=True)):
         return t
-    return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+    return torch.empty_like(operand).copy_(t)
 
 
 library.define("update_buffers(Tensor[] stats, SymInt[] counts, Tensor(a!)[] buffers, str settings) -> ()")

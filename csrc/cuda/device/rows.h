@@ -116,6 +116,10 @@ DEVICE_FN void store_bytes(uint8_t* at, const Raw<uint8_t>& raw, int left) {
   }
 }
 
+// Rows that a thread asks for at once: one where each channel is a load of its own.
+template <bool kWhole>
+constexpr int kRows = kWhole ? 2 : 1;
+
 // Eight values of a vector; absent ones and those beyond the last channel are `otherwise`.
 DEVICE_FN void load_vector(float (&v)[kVector], const float* at, int first, int channels, float otherwise) {
 #pragma unroll

@@ -7,6 +7,7 @@ Recipes are computed in registers by the kernels that read them. What this set h
 import torch
 
 from ... import _native
+from .. import nvidia
 from ..interface import Reason
 from . import _ops
 
@@ -15,21 +16,13 @@ PRIMITIVES = (
     "covariance", "expand_products", "finalize", "prepare", "select", "update_running",
 )  # fmt: skip
 STATUS = "CUDA C++ kernels; checked without a GPU (run on a CPU by an emulator, compiled), unproven on one"
-LEAST_CAPABILITY = (8, 0)
 
 
 def unsupported(device: str, dtype: torch.dtype) -> list[Reason]:
     """Why this set cannot serve a device type and storage dtype; empty if it can. Loads no native code."""
-    reasons = []
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(Reason("dtype", f"the CUDA kernels store float32, bfloat16 or float16, not {dtype}"))
+    reasons = nvidia.unsupported(device, dtype, "the CUDA kernels", _ops.instead)
     if _ops.instead is not None:
         return reasons
-    if device != "cuda":
-        reasons.append(Reason("device", f"the CUDA kernels do not run on {device}"))
-    elif torch.cuda.is_available() and torch.cuda.get_device_capability() < LEAST_CAPABILITY:
-        found = ".".join(map(str, torch.cuda.get_device_capability()))
-        reasons.append(Reason("capability", f"the CUDA kernels need compute capability 8.0, this GPU has {found}"))
     reasons += _native.unavailable()
     if not _native.unavailable() and not _native.build_record().get("cuda_archs"):
         why = _native.build_record().get("cuda_left_out")

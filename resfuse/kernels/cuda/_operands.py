@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..interface import Reason, Unsupported
+from ..nvidia import check_stored
 from . import _ops
-
-STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_rows(**tensors: Tensor | None) -> None:
@@ -35,13 +34,9 @@ def vector(t: Tensor | None) -> Tensor | None:
 
 
 def _check(tensors: dict[str, Tensor | None], views: bool) -> None:
+    check_stored(_ops.instead, **tensors)
     for name, t in tensors.items():
-        if t is None:
+        if t is None or t.is_contiguous(memory_format=torch.channels_last) or (views and t.stride(1) == 1):
             continue
-        if t.dtype not in STORED:
-            raise Unsupported([Reason("dtype", f"{name} is {t.dtype}")])
-        if not t.is_cuda and _ops.instead is None:
-            raise Unsupported([Reason("device", f"{name} is on {t.device}")])
-        if not t.is_contiguous(memory_format=torch.channels_last) and not (views and t.stride(1) == 1):
-            kinds = "channels_last, nor a strided view of it" if views else "dense in channels_last"
-            raise Unsupported([Reason("layout", f"{name} is not {kinds}")])
+        kinds = "channels_last, nor a strided view of it" if views else "dense in channels_last"
+        raise Unsupported([Reason("layout", f"{name} is not {kinds}")])

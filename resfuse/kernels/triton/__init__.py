@@ -8,31 +8,19 @@ import importlib.metadata
 
 import torch
 
+from .. import nvidia
 from ..interface import PRIMITIVES as PRIMITIVES
 from ..interface import Reason
 from . import _launch
 
 STATUS = "Triton kernels; checked without a GPU (interpreted, compiled), unproven on one"
-LEAST_CAPABILITY = (8, 0)
 LEAST_TRITON = (3, 6)  # whose tuples carry the operands
 
 
 def unsupported(device: str, dtype: torch.dtype) -> list[Reason]:
     """Why this set cannot serve a device type and storage dtype; empty if it can."""
-    reasons = []
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reasons.append(Reason("dtype", f"the Triton kernels store float32, bfloat16 or float16, not {dtype}"))
-    if _launch.instead is not None:
-        return reasons
-    reasons += unavailable()
-    if torch.version.hip is not None:
-        reasons.append(Reason("device", "the Triton kernels are for NVIDIA GPUs, this torch is for AMD's"))
-    if device != "cuda":
-        reasons.append(Reason("device", f"the Triton kernels do not run on {device}"))
-    elif torch.cuda.is_available() and torch.cuda.get_device_capability() < LEAST_CAPABILITY:
-        found = ".".join(map(str, torch.cuda.get_device_capability()))
-        reasons.append(Reason("capability", f"the Triton kernels need compute capability 8.0, this GPU has {found}"))
-    return reasons
+    reasons = nvidia.unsupported(device, dtype, "the Triton kernels", _launch.instead)
+    return reasons if _launch.instead is not None else [*reasons, *unavailable()]
 
 
 def unavailable() -> list[Reason]:

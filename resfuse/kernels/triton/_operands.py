@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ..interface import Act, BNGrad, Grad, Masked, Norm, Padded, Reason, Second, Sum, Unsupported
+from ..nvidia import check_stored
 from . import _launch
-
-STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class View(NamedTuple):
@@ -91,7 +90,7 @@ NO_GRAD = GradArgs(*12 * (None,))
 
 def act(a: Act) -> ActArgs:
     x, scale, shift, _ = a if isinstance(a, Norm) else (a, None, None, False)
-    _check_stored(a=x)
+    check_stored(_launch.instead, a=x)
     return ActArgs(x, vector(scale), vector(shift), _view(x, "a"))
 
 
@@ -129,7 +128,7 @@ def total(s: Sum, like: Tensor, channels: int) -> SumArgs:
         held = residual.shape[1]
     view = None
     if residual is not None:
-        _check_stored(residual=residual)
+        check_stored(_launch.instead, residual=residual)
         view = _view(residual, "residual")
     check_rows(gate=s.gate)
     factor = None if s.scale == 1 else s.scale
@@ -162,7 +161,7 @@ def empty_rows(like: Tensor, channels: int, dtype: torch.dtype | None = None) ->
 
 def check_rows(**tensors: Tensor | None) -> None:
     """Raise Unsupported unless each tensor is stored as the kernels read it and dense in channels_last."""
-    _check_stored(**tensors)
+    check_stored(_launch.instead, **tensors)
     for name, t in tensors.items():
         if t is not None and not t.is_contiguous(memory_format=torch.channels_last):
             raise Unsupported([Reason("layout", f"{name} is not dense in channels_last")])
@@ -186,16 +185,6 @@ def precision(t: Tensor) -> str:
 def _pixels(t: Tensor, row_scale: Tensor | None) -> int | None:
     """Rows of a sample, where a kernel needs it: a number that it does not read would only make for more variants."""
     return None if row_scale is None else t.shape[2] * t.shape[3]
-
-
-def _check_stored(**tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is None:
-            continue
-        if t.dtype not in STORED:
-            raise Unsupported([Reason("dtype", f"{name} is {t.dtype}")])
-        if not t.is_cuda and _launch.instead is None:
-            raise Unsupported([Reason("device", f"{name} is on {t.device}")])
 
 
 def _view(t: Tensor, name: str) -> View | None:
