@@ -46,7 +46,7 @@ REFUSALS = {"weighed_second", "second", "dtype", "device", "vector"}
     autouse=True,
     params=[
         "eager", "eager, many parts", pytest.param("cpu", marks=NATIVE), pytest.param("triton", marks=TRITON),
-        pytest.param("triton, windows", marks=TRITON),
+        pytest.param("triton, windows", marks=[TRITON, pytest.mark.slow]),
         pytest.param("triton, gpu", marks=[TRITON, pytest.mark.gpu]), pytest.param("cuda", marks=EMULATED),
         pytest.param("cuda, gpu", marks=[CUDA, pytest.mark.gpu]),
     ],  # fmt: skip
