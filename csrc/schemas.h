@@ -2,7 +2,7 @@
 // are for; kernels run without a GPU have a library of their own with the same schemas.
 //
 // A recipe comes as its tensor with `scale` and `shift`, absent where the tensor itself is meant. Tensors of no
-// elements stand for results that were not asked for.
+// elements stand for results that were not asked for. tf32: a GPU's products of float32 read operands rounded to it.
 #pragma once
 
 #include <torch/library.h>
@@ -34,12 +34,12 @@ inline void define_operators(torch::Library& m) {
         "int[] dilation, Tensor? add, Tensor? add_mask, Tensor? add_row_scale, float add_factor) -> Tensor");
   m.def("conv_window_wgrad(" RESFUSE_GRADIENT ", " RESFUSE_ACT ", int[] size, int[] stride, int[] padding, "
         "int[] dilation) -> Tensor");
-  m.def("covariance(" RESFUSE_ACT ") -> (Tensor mean, Tensor cov)");
+  m.def("covariance(" RESFUSE_ACT ", bool tf32=False) -> (Tensor mean, Tensor cov)");
   m.def("expand(" RESFUSE_ACT ", Tensor weight, Tensor scale, Tensor shift, Tensor? second, Tensor? second_scale, "
         "Tensor? second_shift, bool second_relu, Tensor? second_weight, " RESFUSE_SUM
         ") -> (Tensor out, Tensor mask, Tensor mean, Tensor var)");
   m.def("expand_products(" RESFUSE_MASKED ", " RESFUSE_ACT
-        ", Tensor? mean, Tensor? wg) -> (Tensor products, Tensor sum_g, Tensor u)");
+        ", Tensor? mean, Tensor? wg, bool tf32=False) -> (Tensor products, Tensor sum_g, Tensor u)");
   m.def("expand_dgrad(" RESFUSE_MASKED ", Tensor? u, " RESFUSE_ACT
         ", Tensor wg, Tensor? q, Tensor? q_scale, Tensor? c, bool relu) -> Tensor");
   m.def("expand_stats(Tensor weight, Tensor mean, Tensor cov) -> (Tensor mean, Tensor var)");

@@ -11,17 +11,25 @@ from units import EMULATED, activation
 
 from resfuse.kernels import cuda, dispatch
 from resfuse.kernels.cuda._ops import ops
+from resfuse.kernels.eager._rows import round_to_tf32
 from resfuse.kernels.interface import BNContext, BNGrad, Masked, Norm, Sum, Want, Window
 from resfuse.testing import comparison, emulator
 from resfuse.testing.cases import CASES
 from resfuse.testing.comparison import MODES
 from resfuse.testing.cuda import emulated
 
-pytestmark = EMULATED
+pytestmark = [EMULATED, pytest.mark.usefixtures("exact")]
+PRECISIONS = ["float32", "tf32", "bfloat16", "float16"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # whole tiles; a part of a tile; single channels; whole shares; shares of more rows than threads
     (3, 64, 5, 7), (2, 72, 9, 4), (1, 13, 40, 1), (2, 13, 8, 4), (1, 8, 260, 130),
 ]  # fmt: skip
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Products of float32 do not round what they read."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def own(name):
@@ -118,26 +126,39 @@ def products(pixels, outer, inner, dtype):
     return g, a, mean, found
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("pixels, outer, inner", PRODUCTS)
-def test_products(pixels, outer, inner, dtype):
+def test_products(pixels, outer, inner, precision, monkeypatch):
+    dtype = torch.float32 if precision == "tf32" else getattr(torch, precision)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
+
+    def read(t):
+        return round_to_tf32(t) if precision == "tf32" else t
+
     with emulated() as library:
         g, a, mean, ((centre, cov), (found, total)) = products(pixels, outer, inner, dtype)
-        if inner <= 64:
-            assert library.traffic(g.dout) == g.dout.nbytes
+        assert library.traffic(g.dout) == g.dout.nbytes * -(-inner // 64)
         assert library.traffic(a.z) == a.z.nbytes * -(-outer // 64)
-        assert library.stat("ldmatrix_cycles") == library.stat("ldmatrix") > 0, "bank conflicts"
-        values = matrix(own("select")(g)), matrix(own("apply")(a, Sum(), Want()).out)
+        assert library.stat("ldmatrix_cycles") == library.stat("ldmatrix"), "bank conflicts"
+        assert bool(library.stat("ldmatrix")) == (dtype != torch.float32)
+        assert bool(library.stat("mma")) == (precision != "float32")
+        own("covariance")(a)
+        columns = -(-inner // 64)
+        again = library.traffic(a.z) - a.z.nbytes * columns  # the first rows of each share, whose mean float32 takes
+        assert 0 < again <= 0.2 * a.z.nbytes * columns if dtype == torch.float32 else again == 0
+        left, right = own("select")(g), own("apply")(a, Sum(), Want()).out
     for order in (1, 2):
         with emulated(order=order, seed=7):
             again = products(pixels, outer, inner, dtype)[3]
         pairs = zip((centre, cov, found, total), (*again[0], *again[1]), strict=True)
         assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
-    left, right = values
-    assert torch.allclose(found.double(), left.T @ (right - mean.double()), rtol=1e-4, atol=1e-3)
-    assert torch.allclose(total.double(), left.sum(0), rtol=1e-4, atol=1e-3)
-    assert torch.allclose(centre.double(), right.mean(0), rtol=1e-5, atol=1e-6)
-    assert torch.allclose(cov.double(), torch.cov(right.T, correction=0).view(cov.shape), rtol=1e-4, atol=1e-5)
+    left = matrix(read(left))
+    centred = matrix(read(right - mean[:, None, None])) if dtype == torch.float32 else matrix(right) - mean.double()
+    right = matrix(read(right))
+    covariance = torch.cov(right.T, correction=0)
+    pairs = (found, left.T @ centred), (total, left.sum(0)), (centre, right.mean(0)), (cov, covariance)
+    for ours, exactly in pairs:
+        assert (ours.double() - exactly.view(ours.shape)).norm() <= 1e-6 * exactly.norm()
 
 
 def matrix(t):
@@ -250,17 +271,25 @@ BUGS = [  # file, what stands there, what stands there instead, what the emulato
     ("device/outer_product.h", "chunks.sums[j];\n  __syncthreads();", "chunks.sums[j];", "race|uninitialised"),
     ("device/outer_product.h", "= sum;\n  }\n  __syncthreads();", "= sum;\n  }", "race|uninitialised"),
     ("device/outer_product.h", "kStages = 3, kBlock", "kStages = 2, kBlock", "race|async-copy|numbers"),
-    ("device/outer_product.h", "of_right + offset_of(k * 16 + (lane & 15)", "of_right + offset_of(k * 16 + (lane & 7)",
+    ("device/outer_product.h", "of_right + offset(k * 16 + (lane() & 15)", "of_right + offset(k * 16 + (lane() & 7)",
      "numbers"),
+    ("device/outer_product.h", "word(right, k + h * 4", "word(right, k + h * 2", "numbers"),
+    ("device/outer_product.h", "words(a + 4, left, k, Sums::row(0) + 4)", "words(a + 4, left, k, Sums::row(0))",
+     "numbers"),
+    ("device/outer_product.h", "  cp_async_wait<0>();\n  chunks", "  chunks", "async-copy"),
+    ("device/outer_product.h", "    chunks.sums[j] = 0.0f;\n", "", "numbers"),
+    ("expand_products.cu", "  if (dtype == DType::kFloat) mean = nullptr;\n", "", "numbers"),
     ("expand_products.cu", "if (k < g.channels && c < a.x.channels)", "if (k < g.channels)", "out-of-bounds|race"),
     ("expand_products.cu", "  __syncthreads();\n  if (lane != 0", "  if (lane != 0", "race|uninitialised"),
     ("expand_products.cu", "share < shares; share += kLanes", "share <= shares; share += kLanes",
      "out-of-bounds|numbers"),
+    ("covariance.cu", "if (both) add_columns", "if (false) add_columns", "uninitialised"),
+    ("covariance.cu", "    if (left.first + j < channels)\n", "", "out-of-bounds|race"),
     ("covariance.cu", "if (r0 + r < channels && c0 + c < channels)", "if (r0 + r < channels)", "out-of-bounds|race"),
     ("covariance.cu", "  __syncthreads();\n  if (lane != 0", "  if (lane != 0", "race|uninitialised"),
     ("covariance.cu", "if (r / kTile > c / kTile)", "if (false)", "uninitialised"),
 ]  # fmt: skip
-SAMPLE = (1, 9, 13, 24)
+SAMPLE = (1, 9, 13, 24, 36)
 
 CHECK = """
 import sys
@@ -274,8 +303,10 @@ library = cuda.load(Path(sys.argv[2]))
 def run():
     torch.manual_seed(0)
     found = []
-    for case in test_cuda.PRODUCTS:
-        found += [t for pair in test_cuda.products(*case, torch.bfloat16)[3] for t in pair]
+    for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
+        torch.backends.cudnn.allow_tf32 = tf32
+        for case in test_cuda.PRODUCTS:
+            found += [t for pair in test_cuda.products(*case, dtype)[3] for t in pair]
     for shape in test_cuda.SHAPES:
         found += [t for v in test_cuda.results(shape, torch.float32).values() for t in test_cuda._tensors(v)]
     mean, var, count = torch.zeros(300), torch.ones(300), torch.tensor(3)

@@ -59,6 +59,8 @@ def kernel_set(request, monkeypatch):
         pytest.skip("windows: these kernels are of convolutions alone")
     if name == "cuda" and not any(own in request.node.name for own in cuda.PRIMITIVES):
         pytest.skip("cuda: these primitives are other sets'")
+    if name == "cuda":
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     windows = how in ("windows", "gpu")
     way = {
         "triton": lambda: triton_kernels(monkeypatch, gpu=how == "gpu", windows=windows),
@@ -457,7 +459,7 @@ def test_nan_keeps_its_bit():
 
 
 @pytest.mark.parametrize("centred", [True, False])
-def test_backward_of_the_expansion(centred, shape, dtype):
+def test_backward_by_expand_products(centred, shape, dtype):
     """expand_products, expand_coefficients and expand_dgrad together are autograd's gradients of the BatchNorm of a
     product; frozen statistics are the uncentred case."""
     channels = 9

@@ -187,7 +187,7 @@ struct MergeCovariance {
 };
 
 std::tuple<at::Tensor, at::Tensor> covariance(
-    const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, bool x_relu) {
+    const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, bool x_relu, bool /*tf32*/) {
   check_view(x, "x");
   check_affine(x_scale, x_shift, "x_scale", "x_shift", x.size(1));
   const int64_t channels = x.size(1), rows = row_count(x), padded = round_up(channels, panel_columns);

@@ -14,7 +14,7 @@ namespace resfuse {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products(
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
     const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, bool x_relu,
-    const OptionalTensor& mean, const OptionalTensor& wg) {
+    const OptionalTensor& mean, const OptionalTensor& wg, bool /*tf32*/) {
   const OptionalTensor none;
   const GradientTensors g{dout, mask, row_scale, factor, none, none, none, none, none, none};
   g.check();

@@ -1,10 +1,12 @@
 // covariance: mean [C] and biased covariance [C, C] of the rows of an activation, of the rounded values that a product
 // reads.
 //
-//   of each share: S = sum(a),  G = a.T @ a,  mean_s = S / n,  M2_s = G - S S.T / n
+//   of each share: p = mean of its first rows (float32; 0 in 16 bits),  S = sum(a - p),  G = (a - p).T @ (a - p)
+//                  mean_s = p + S / n,  M2_s = G - S S.T / n
 //   of all:        mean = sum(n_s mean_s) / M,  cov = (sum(M2_s) + sum(n_s (mean_s - mean)(mean_s - mean).T)) / M
 //
-// Reads a once for each pair of tiles of 64 columns, of which those on and above the diagonal are computed.
+// Reads a, and in float32 the first 16 rows of each share again, once for each 64 columns: of the pairs of tiles those on
+// and above the diagonal are computed.
 #include "device/outer_product.h"
 #include "launchers.h"
 
@@ -13,9 +15,11 @@ namespace {
 
 using namespace outer;
 
-template <class T, bool kWhole>
-__global__ void __launch_bounds__(kBlock, 2)
-covariance_kernel(Activation a, float* __restrict__ means, float* __restrict__ squares, int64_t rows, int64_t each) {
+template <class Math, bool kWhole>
+__global__ void __launch_bounds__(kBlock, 3)
+covariance_kernel(Activation a, bool tf32, float* __restrict__ means, float* __restrict__ squares, int64_t rows,
+                  int64_t each) {
+  using T = typename Math::Storage;
   SHARED_DYNAMIC(unsigned char, smem);
   SHARED_ARRAY(float, of_rows, kTile);
   SHARED_ARRAY(float, of_columns, kTile);
@@ -24,25 +28,30 @@ covariance_kernel(Activation a, float* __restrict__ means, float* __restrict__ s
   const int64_t share = blockIdx.z, begin = share * each, end = begin + each < rows ? begin + each : rows;
   const int chunk = int(threadIdx.x) % kChunks * kVector;
   const ActivationTile<T> up(a, r0 + chunk), across(a, c0 + chunk);
-  Chunks<T, ActivationTile<T>, kWhole> left(up, r0), right(across, c0);
-  float acc[2][4][4] = {};
-  add_rows<T>(acc, smem, left, right, begin, end);
+  Chunks<Math, ActivationTile<T>, kWhole> left(up, r0), right(across, c0);
+  left.tf32 = right.tf32 = tf32;
+  const bool both = blockIdx.x != blockIdx.y;
+  if constexpr (Math::kCentred) {
+    centre<Math>(left, of_rows, smem, begin, end);
+    if (both) centre<Math>(right, of_columns, smem, begin, end);
+  }
+  typename Math::Sums sums;
+  add_rows<Math>(sums, smem, left, right, begin, end, both);
   add_columns(of_rows, reinterpret_cast<float*>(smem), left);
-  add_columns(of_columns, reinterpret_cast<float*>(smem), right);
+  if (both) add_columns(of_columns, reinterpret_cast<float*>(smem), right);
+  const float* const across_sums = both ? of_columns : of_rows;
   const float count = float(end - begin);
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int n = 0; n < 32; ++n) {
+    const int r = sums.row(n), c = sums.column(n);
+    if (r0 + r < channels && c0 + c < channels)
+      squares[(share * channels + r0 + r) * channels + c0 + c] = sums.at(n) - of_rows[r] * (across_sums[c] / count);
+  }
+  if (both || left.row != 0) return;
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int r = row_of_sum(i, e), c = column_of_sum(j, e);
-        if (r0 + r < channels && c0 + c < channels)
-          squares[(share * channels + r0 + r) * channels + c0 + c] = acc[i][j][e] - of_rows[r] * (of_columns[c] / count);
-      }
-  const int column = int(threadIdx.x);
-  if (blockIdx.x == blockIdx.y && column < kTile && c0 + column < channels)
-    means[share * channels + c0 + column] = of_columns[column] / count;
+  for (int j = 0; j < kVector; ++j)
+    if (left.first + j < channels)
+      means[share * channels + left.first + j] = left.pivot[j] + of_rows[chunk + j] / count;
 }
 
 constexpr int kElements = 32, kLanes = 8;
@@ -88,18 +97,19 @@ merge_kernel(const float* __restrict__ means, const float* __restrict__ squares,
 
 }  // namespace
 
-int covariance(DType dtype, const Activation& a, float* means, float* squares, float* mean, float* cov, int64_t rows,
-               bool even, void* stream) {
+int covariance(DType dtype, const Activation& a, bool tf32, float* means, float* squares, float* mean, float* cov,
+               int64_t rows, bool even, void* stream) {
   const int channels = a.x.channels;
   const int64_t shares = product_shares(rows, channels, channels), each = product_rows(rows, shares);
   const unsigned tiles = unsigned((channels + kTile - 1) / kTile);
   const auto on = static_cast<cudaStream_t>(stream);
-  int error = with_short_storage(dtype, [&](auto stored) {
-    using T = decltype(stored);
-    const auto kernel = even ? covariance_kernel<T, true> : covariance_kernel<T, false>;
-    return launch(kernel, dim3(tiles, tiles, unsigned(shares)), dim3(kBlock), kSharedBytes, on, a, means, squares, rows,
-                  each);
-  });
+  const auto start = [&](auto math) {
+    using Math = decltype(math);
+    const auto kernel = even ? covariance_kernel<Math, true> : covariance_kernel<Math, false>;
+    return launch(kernel, dim3(tiles, tiles, unsigned(shares)), dim3(kBlock), kSharedBytes, on, a, tf32, means, squares,
+                  rows, each);
+  };
+  int error = dtype == DType::kFloat ? start(Exact{}) : with_short(dtype, start);
   if (error != cudaSuccess) return error;
   const dim3 few(unsigned((channels + kElements - 1) / kElements));
   error = launch(mean_kernel, few, dim3(kElements), 0, on, means, mean, shares, rows, each, channels);

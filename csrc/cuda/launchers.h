@@ -37,8 +37,8 @@ int bn_dgrad(DType dtype, const Gradient& g, void* out, int64_t rows, bool even,
 int bn_reduce(DType dtype, const Gradient& g, const float* mean, const float* invstd, const float* gamma, float* partial,
               const ReduceResults& results, int64_t rows, bool even, void* stream);
 
-// Products of transposed activations, in 16 bits: tiles of 64 x 64, and shares of the rows so that there are about
-// kProductBlocks blocks.
+// Products of transposed activations: tiles of 64 x 64, and shares of the rows so that there are about kProductBlocks
+// blocks. tf32: what a product of float32 reads is rounded to it; a covariance's own products are exact.
 constexpr int64_t kProductBlocks = 1056, kProductStep = 32;
 int64_t product_shares(int64_t rows, int left, int right);
 inline int64_t product_rows(int64_t rows, int64_t shares) {
@@ -48,13 +48,13 @@ inline int64_t product_rows(int64_t rows, int64_t shares) {
 
 // result = g.T @ a - total mean.T [K, C] and total = sum(g) [K], g up to its mask; mean may be null. products
 // [shares, K, C], sums [shares, K].
-int expand_products(DType dtype, const Gradient& g, const Activation& a, const float* mean, float* products, float* sums,
-                    float* result, float* total, int64_t rows, bool even, void* stream);
+int expand_products(DType dtype, const Gradient& g, const Activation& a, bool tf32, const float* mean, float* products,
+                    float* sums, float* result, float* total, int64_t rows, bool even, void* stream);
 
 // mean [C] and biased covariance [C, C]; means [shares, C], squares [shares, C, C], of which tiles below the diagonal are
 // not written.
-int covariance(DType dtype, const Activation& a, float* means, float* squares, float* mean, float* cov, int64_t rows,
-               bool even, void* stream);
+int covariance(DType dtype, const Activation& a, bool tf32, float* means, float* squares, float* mean, float* cov,
+               int64_t rows, bool even, void* stream);
 
 // out [N*P*Q, C]: maxima of act(scale * z + shift), rounded; argmax uint8 [N*P*Q, C]: row * columns + column in the
 // window. The first maximum wins, and the last NaN.

@@ -191,21 +191,19 @@ Activation activation(Call& call, const at::Tensor& x, const OptionalTensor& sca
 
 void check_activation(const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift) {
   TORCH_CHECK(x.dim() == 4 && (x.stride(1) == 1 || is_dense(x)), "x must be channels_last or a strided view of it");
-  TORCH_CHECK_TYPE(x.scalar_type() != at::kFloat, "products of transposed activations are of 16 bits, not of ",
-                   x.scalar_type());
   TORCH_CHECK(scale.has_value() == shift.has_value(), "x_scale and x_shift belong together");
   check_vector(scale, "x_scale", x, x.size(1));
   check_vector(shift, "x_shift", x, x.size(1));
 }
 
 std::tuple<at::Tensor, at::Tensor> covariance_op(
-    const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool relu) {
+    const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool relu, bool tf32) {
   check_activation(x, scale, shift);
   const int64_t channels = x.size(1), rows = row_count(x), shares = product_shares(rows, int(channels), int(channels));
   const at::Tensor means = empty_vector(x, shares * channels), squares = empty_vector(x, shares * channels * channels);
   const at::Tensor mean = empty_vector(x, channels), cov = empty_vector(x, channels * channels);
   Call call(x);
-  call.done(covariance(dtype_of(x), activation(call, x, scale, shift, relu), call.out<float>(means, "means"),
+  call.done(covariance(dtype_of(x), activation(call, x, scale, shift, relu), tf32, call.out<float>(means, "means"),
                        call.part<float>(squares, "squares"), call.out<float>(mean, "mean"), call.out<float>(cov, "cov"),
                        rows, even(x), call.stream()));
   return {mean, cov.view({channels, channels})};
@@ -214,7 +212,7 @@ std::tuple<at::Tensor, at::Tensor> covariance_op(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products_op(
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
     const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool relu, const OptionalTensor& mean,
-    const OptionalTensor& /*wg: u is left to expand_dgrad*/) {
+    const OptionalTensor& /*wg: u is left to expand_dgrad*/, bool tf32) {
   const OptionalTensor none;
   const GradientTensors g{dout, mask, row_scale, factor, none, none, none, none, none, none};
   g.check();
@@ -226,7 +224,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products_op(
   const at::Tensor products = empty_vector(x, shares * outer * inner), sums = empty_vector(x, shares * outer);
   const at::Tensor result = empty_vector(x, outer * inner), total = empty_vector(x, outer);
   Call call(x);
-  call.done(expand_products(dtype_of(x), g.arguments(call), activation(call, x, scale, shift, relu),
+  call.done(expand_products(dtype_of(x), g.arguments(call), activation(call, x, scale, shift, relu), tf32,
                             call.in<float>(mean, "mean"), call.out<float>(products, "products"),
                             call.out<float>(sums, "sums"), call.out<float>(result, "result"),
                             call.out<float>(total, "total"), rows, g.even() && even(x), call.stream()));

@@ -154,10 +154,4 @@ int with_storage(DType dtype, const F& f) {
   }
 }
 
-// The same of a type of 16 bits.
-template <class F>
-int with_short_storage(DType dtype, const F& f) {
-  return dtype == DType::kBFloat16 ? f(__nv_bfloat16{}) : f(__half{});
-}
-
 }  // namespace resfuse::cuda

@@ -20,14 +20,6 @@ def check_views(**tensors: Tensor | None) -> None:
     _check(tensors, True)
 
 
-def check_short(**tensors: Tensor) -> None:
-    """As `check_views`, and of 16 bits."""
-    check_views(**tensors)
-    for name, t in tensors.items():
-        if t.dtype == torch.float32:
-            raise Unsupported([Reason("dtype", f"{name} is {t.dtype}: this product is of 16 bits")])
-
-
 def vector(t: Tensor | None) -> Tensor | None:
     """A vector as the operators take it: float32, one value after the other."""
     return t if t is None else t.float().contiguous()

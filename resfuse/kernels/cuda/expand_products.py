@@ -1,11 +1,11 @@
-"""expand_products: P = g.T @ (a - mean) and sum(g), in 16 bits (`csrc/cuda/expand_products.cu`); u is left to
-`expand_dgrad`."""
+"""expand_products: P = g.T @ (a - mean) and sum(g) (`csrc/cuda/expand_products.cu`); u is left to `expand_dgrad`."""
 
 from torch import Tensor
 
 from .. import flat
 from ..interface import Act, Grad
-from ._operands import check_rows, check_short, vector
+from ..nvidia import rounds_to_tf32
+from ._operands import check_rows, check_views, vector
 from ._ops import ops
 
 
@@ -14,7 +14,7 @@ def expand_products(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     operands, (x, scale, shift, relu) = flat.masked(g), flat.act(a)
     check_rows(g=operands[0])
-    check_short(a=x)
+    check_views(a=x)
     activation = x, vector(scale), vector(shift), relu
-    products, total, _ = ops().expand_products(*operands, *activation, vector(mean), None)
+    products, total, _ = ops().expand_products(*operands, *activation, vector(mean), None, rounds_to_tf32(x))
     return products, total, None

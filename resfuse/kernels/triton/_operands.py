@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..interface import Act, BNGrad, Grad, Masked, Norm, Padded, Reason, Second, Sum, Unsupported
-from ..nvidia import check_stored
+from ..nvidia import check_stored, rounds_to_tf32
 from . import _launch
 
 
@@ -174,12 +174,7 @@ def vector(t: Tensor | None) -> Tensor | None:
 
 def precision(t: Tensor) -> str:
     """How products of t are taken: float32 as torch's convolutions take it, 16 bits exactly."""
-    if t.dtype != torch.float32:
-        return "ieee"
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    if conv is None or not hasattr(conv, "fp32_precision"):  # torch before 2.9
-        return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if rounds_to_tf32(t) else "ieee"
 
 
 def _pixels(t: Tensor, row_scale: Tensor | None) -> int | None:
