@@ -161,6 +161,40 @@ def test_products(pixels, outer, inner, precision, monkeypatch):
         assert (ours.double() - exactly.view(ours.shape)).norm() <= 1e-6 * exactly.norm()
 
 
+WITH_U = [((1, 30, 23), 256, 64), ((3, 5, 7), 136, 24), ((2, 24, 11), 64, 64)]  # whole and parts of tiles
+
+
+def with_u(pixels, outer, inner, dtype):
+    g, a, mean, _ = products(pixels, outer, inner, dtype)
+    wg = torch.randn(outer, inner, generator=torch.Generator().manual_seed(4)).to(dtype)
+    return g, a, wg, own("expand_products")(g, a, mean, wg)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("pixels, outer, inner", WITH_U)
+def test_u_comes_in_the_pass_of_the_products(pixels, outer, inner, dtype):
+    with emulated() as library:
+        g, a, wg, found = with_u(pixels, outer, inner, dtype)
+        assert all(library.traffic(t) == t.nbytes for t in (g.dout, g.mask, a.z))
+        assert library.traffic(found[2], written=True) == found[2].nbytes and found[2].dtype == dtype
+        assert library.stat("ldmatrix_cycles") == library.stat("ldmatrix"), "bank conflicts"
+        exactly = matrix(own("select")(g)) @ wg.double()
+        alone = products(pixels, outer, inner, dtype)[3][1]
+    for order in (1, 2):
+        with emulated(order=order, seed=7):
+            again = with_u(pixels, outer, inner, dtype)[3]
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, again, strict=True))
+    assert (matrix(found[2]) - exactly).norm() <= torch.finfo(dtype).eps / 2 * exactly.norm()
+    assert all((mine - theirs).norm() <= 1e-6 * theirs.norm() for mine, theirs in zip(found[:2], alone, strict=True))
+
+
+def test_u_is_left_where_a_block_cannot_hold_all_columns():
+    with emulated():
+        for outer, inner, dtype in ((264, 64, torch.bfloat16), (64, 72, torch.bfloat16), (12, 8, torch.bfloat16),
+                                    (64, 64, torch.float32)):
+            assert with_u((1, 4, 4), outer, inner, dtype)[3][2] is None
+
+
 def matrix(t):
     return t.double().permute(0, 2, 3, 1).reshape(-1, t.shape[1])
 
@@ -278,6 +312,12 @@ BUGS = [  # file, what stands there, what stands there instead, what the emulato
      "numbers"),
     ("device/outer_product.h", "  cp_async_wait<0>();\n  chunks", "  chunks", "async-copy"),
     ("device/outer_product.h", "    chunks.sums[j] = 0.0f;\n", "", "numbers"),
+    ("expand_products.cu", "    __syncthreads();  // the tiles", "    // the tiles", "race|async-copy|uninitialised"),
+    ("expand_products.cu", "    cp_async_wait<1>();\n", "    cp_async_wait<2>();\n", "async-copy"),
+    ("expand_products.cu", "const bool valid = k < K && c", "const bool valid = c", "out-of-bounds|uninitialised"),
+    ("expand_products.cu", "if (index < end && c < C) store", "if (c < C) store", "out-of-bounds|race"),
+    ("expand_products.cu", "if (k < K && c < C) products", "if (c < C) products", "out-of-bounds|race"),
+    ("expand_products.cu", "if (tid < kTile && t * kTile + tid < K)", "if (tid < kTile)", "out-of-bounds|race"),
     ("expand_products.cu", "  if (dtype == DType::kFloat) mean = nullptr;\n", "", "numbers"),
     ("expand_products.cu", "if (k < g.channels && c < a.x.channels)", "if (k < g.channels)", "out-of-bounds|race"),
     ("expand_products.cu", "  __syncthreads();\n  if (lane != 0", "  if (lane != 0", "race|uninitialised"),
@@ -307,6 +347,7 @@ def run():
         torch.backends.cudnn.allow_tf32 = tf32
         for case in test_cuda.PRODUCTS:
             found += [t for pair in test_cuda.products(*case, dtype)[3] for t in pair]
+    found += test_cuda.with_u((1, 30, 23), 136, 24, torch.bfloat16)[3]
     for shape in test_cuda.SHAPES:
         found += [t for v in test_cuda.results(shape, torch.float32).values() for t in test_cuda._tensors(v)]
     mean, var, count = torch.zeros(300), torch.ones(300), torch.tensor(3)

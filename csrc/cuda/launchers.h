@@ -47,9 +47,11 @@ inline int64_t product_rows(int64_t rows, int64_t shares) {
 }
 
 // result = g.T @ a - total mean.T [K, C] and total = sum(g) [K], g up to its mask; mean may be null. products
-// [shares, K, C], sums [shares, K].
-int expand_products(DType dtype, const Gradient& g, const Activation& a, bool tf32, const float* mean, float* products,
-                    float* sums, float* result, float* total, int64_t rows, bool even, void* stream);
+// [shares, K, C], sums [shares, K]. u = g @ wg [M, C] unless null, with wg [K, C], where gives_u.
+bool gives_u(DType dtype, int outer, int inner, bool even);
+int expand_products(DType dtype, const Gradient& g, const Activation& a, bool tf32, const float* mean, const void* wg,
+                    float* products, float* sums, void* u, float* result, float* total, int64_t rows, bool even,
+                    void* stream);
 
 // mean [C] and biased covariance [C, C]; means [shares, C], squares [shares, C, C], of which tiles below the diagonal are
 // not written.

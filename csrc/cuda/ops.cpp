@@ -212,7 +212,7 @@ std::tuple<at::Tensor, at::Tensor> covariance_op(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products_op(
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
     const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool relu, const OptionalTensor& mean,
-    const OptionalTensor& /*wg: u is left to expand_dgrad*/, bool tf32) {
+    const OptionalTensor& wg, bool tf32) {
   const OptionalTensor none;
   const GradientTensors g{dout, mask, row_scale, factor, none, none, none, none, none, none};
   g.check();
@@ -223,12 +223,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products_op(
   const int64_t shares = product_shares(rows, int(outer), int(inner));
   const at::Tensor products = empty_vector(x, shares * outer * inner), sums = empty_vector(x, shares * outer);
   const at::Tensor result = empty_vector(x, outer * inner), total = empty_vector(x, outer);
+  const bool aligned = g.even() && even(x);
+  if (wg) {
+    TORCH_CHECK(wg->scalar_type() == x.scalar_type() && wg->dim() == 2 && wg->size(0) == outer && wg->size(1) == inner &&
+                    wg->is_contiguous() && wg->device() == x.device(),
+                "wg must be contiguous of shape [", outer, ", ", inner, "] and dtype ", x.scalar_type(), ", not ",
+                wg->sizes(), " of ", wg->scalar_type());
+    TORCH_CHECK(gives_u(dtype_of(x), int(outer), int(inner), aligned && reinterpret_cast<intptr_t>(wg->data_ptr()) % 16 == 0),
+                "u comes in 16 bits, aligned, of at most 256 and 64 channels");
+  }
+  const at::Tensor u = wg ? empty_rows(x, inner) : at::empty({0}, x.options().memory_format(at::MemoryFormat::Contiguous));
   Call call(x);
   call.done(expand_products(dtype_of(x), g.arguments(call), activation(call, x, scale, shift, relu), tf32,
-                            call.in<float>(mean, "mean"), call.out<float>(products, "products"),
-                            call.out<float>(sums, "sums"), call.out<float>(result, "result"),
-                            call.out<float>(total, "total"), rows, g.even() && even(x), call.stream()));
-  return {result.view({outer, inner}), total, empty_vector(x, 0)};
+                            call.in<float>(mean, "mean"), call.in(wg, "wg"), call.out<float>(products, "products"),
+                            call.out<float>(sums, "sums"), wg ? call.out(u, "u") : nullptr,
+                            call.out<float>(result, "result"), call.out<float>(total, "total"), rows, aligned,
+                            call.stream()));
+  return {result.view({outer, inner}), total, u};
 }
 
 Pool pool_of(const at::Tensor& x, int64_t height, int64_t width, at::IntArrayRef size, at::IntArrayRef stride,

@@ -13,7 +13,6 @@ namespace resfuse::cuda::outer {
 
 constexpr int kTile = 64, kStages = 3, kBlock = 128;
 constexpr int kChunks = kTile / kVector;         // of eight channels, in a row of a tile
-constexpr int kRowsApart = kBlock / kChunks;     // between a thread's chunks
 constexpr int kTileBytes = 4096, kStageBytes = 2 * kTileBytes, kSharedBytes = kStages * kStageBytes;
 
 DEVICE_FN int lane() { return int(threadIdx.x) & 31; }
@@ -194,11 +193,11 @@ struct GradientTile {
   }
 };
 
-// What of a tile is a thread's: eight columns of every kRowsApart-th row, and what lies beside their values.
-template <class Math, class Tile, bool kWhole>
+// What of a tile is a thread's, of kThreads: eight columns of every kApart-th row, and what lies beside their values.
+template <class Math, class Tile, bool kWhole, int kThreads = kBlock>
 struct Chunks {
   using T = typename Math::Storage;
-  static constexpr int kMine = Math::kStep / kRowsApart, kWords = kVector * sizeof(T) / 16;
+  static constexpr int kApart = kThreads / kChunks, kMine = Math::kStep / kApart, kWords = kVector * sizeof(T) / 16;
 
   const Tile& tile;
   int first, row, chunk;
@@ -214,7 +213,7 @@ struct Chunks {
   }
 
   DEVICE_MEMBER unsigned char* place(unsigned char* in, int i, int word) const {
-    return in + Math::offset(row + i * kRowsApart, chunk * kWords + word);
+    return in + Math::offset(row + i * kApart, chunk * kWords + word);
   }
 
   // Asks for the values of a step; every thread commits afterwards.
@@ -222,7 +221,7 @@ struct Chunks {
     const int left = tile.channels() - first;
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      const int64_t index = begin + row + i * kRowsApart;
+      const int64_t index = begin + row + i * kApart;
       const bool valid = index < end && left > 0;
       bits[i] = later[i], weight[i] = later_weight[i];
       later[i] = 0, later_weight[i] = 1.0f;
@@ -246,7 +245,7 @@ struct Chunks {
       for (int w = 0; w < kWords; ++w) words[w] = *reinterpret_cast<const uint4*>(place(in, i, w));
       Raw<T> raw;
       memcpy(&raw, words, sizeof(raw));
-      const bool valid = begin + row + i * kRowsApart < end;
+      const bool valid = begin + row + i * kApart < end;
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         const bool inside = valid && first + j < tile.channels();
@@ -302,7 +301,7 @@ DEVICE_FN void add_columns(float* total, float* scratch, const Of& chunks) {
   __syncthreads();
   if (int(threadIdx.x) < kTile) {
     float sum = 0.0f;
-    for (int r = 0; r < kRowsApart; ++r) sum += scratch[r * kTile + int(threadIdx.x)];
+    for (int r = 0; r < Of::kApart; ++r) sum += scratch[r * kTile + int(threadIdx.x)];
     total[int(threadIdx.x)] = sum;
   }
   __syncthreads();

@@ -116,6 +116,15 @@ DEVICE_FN void store_bytes(uint8_t* at, const Raw<uint8_t>& raw, int left) {
   }
 }
 
+// Two values side by side, in one access.
+template <class T>
+DEVICE_FN void store_pair(T* at, float low, float high) {
+  const T pair[2] = {Stored<T>::from(low), Stored<T>::from(high)};
+  uint32_t word;
+  memcpy(&word, pair, sizeof(word));
+  *reinterpret_cast<uint32_t*>(at) = word;
+}
+
 // Rows that a thread asks for at once: one where each channel is a load of its own.
 template <bool kWhole>
 constexpr int kRows = kWhole ? 2 : 1;
