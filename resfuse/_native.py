@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 
+from .kernels import fakes
 from .kernels.interface import Reason, Unsupported
 
 RECORD = Path(__file__).with_name("_build.json")
@@ -48,6 +49,7 @@ def load() -> ModuleType:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         raise Unsupported([Reason("native_load_failed", f"{LIBRARY.name} did not load: {error}")]) from error
+    fakes.register("resfuse")
     return torch.ops.resfuse
 
 

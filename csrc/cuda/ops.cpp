@@ -145,8 +145,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> apply_op(
   args.rows = row_count(z);
   args.channels = int(channels);
   call.done(apply(dtype_of(z), args, aligned, call.stream()));
-  const at::Tensor none = empty_vector(z, 0);
-  return {out, mask, none, none};
+  return {out, mask, empty_vector(z, 0), empty_vector(z, 0)};
 }
 
 at::Tensor bn_dgrad_op(

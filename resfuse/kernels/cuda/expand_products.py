@@ -10,7 +10,7 @@ from ..nvidia import rounds_to_tf32
 from ._operands import check_rows, check_views, vector
 from ._ops import ops
 
-MOST_OUTER, MOST_INNER = 256, 64  # columns of g and of a with which u comes in the pass: stage 1 of a bottleneck network
+MOST_OUTER, MOST_INNER = 256, 64  # columns of g and of a with which u comes in the pass: a bottleneck of stage 1
 
 
 def expand_products(
