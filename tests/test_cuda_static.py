@@ -1,14 +1,16 @@
-"""The CUDA kernels compiled for GPUs that are not there: nothing spilled, two blocks on a multiprocessor, 16 bytes a
-load."""
+"""The CUDA kernels compiled for GPUs that are not there: nothing spilled, blocks enough on a multiprocessor, 16 bytes
+an access, products on the matrix units."""
 
 import pytest
 
-from resfuse.testing import ptxas
+from resfuse.bench import command
+from resfuse.testing import cubin
 from resfuse.testing.emulator import CSRC
 
-pytestmark = pytest.mark.skipif(ptxas.unavailable() is not None, reason=str(ptxas.unavailable()))
+pytestmark = pytest.mark.skipif(cubin.unavailable() is not None, reason=str(cubin.unavailable()))
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a")
+PRODUCTS = ("covariance_kernel", "products_kernel", "products_u_kernel")
 
 
 @pytest.mark.parametrize("arch", [
@@ -16,13 +18,29 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a")
 ])  # fmt: skip
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_compiled(source, arch):
-    kernels = ptxas.compile_source(source, arch)
+    kernels = cubin.compile_source(source, arch)
     assert kernels
     for kernel in kernels:
-        # Two blocks of 256 threads on a multiprocessor, or three of 128 in products.
-        assert kernel.spills == 0 and kernel.registers <= (168 if kernel.products else 128), kernel
-        assert kernel.shared <= 48 << 10, kernel
-        if ", true>" in kernel.name:
-            assert kernel.wide, kernel
-        if source.stem in ("covariance", "expand_products") and "," in kernel.name:
-            assert kernel.products, kernel
+        name, found = kernel.name, kernel.instructions
+        product = name.startswith(PRODUCTS)
+        assert kernel.stack == found["local"] == 0, f"spills: {kernel}"
+        # Two blocks of 256 threads on a multiprocessor; three of 128 in products; one where it has all of P.
+        limit = 255 if name.startswith("products_u") else 168 if product else 128
+        assert kernel.registers <= limit and kernel.shared <= 48 << 10, kernel
+        if ", true>" in name or name.startswith("products_u"):
+            assert found["16 bytes"], kernel
+            assert bool(found["copy"]) == product, kernel
+        if product:
+            exact = "Exact" in name
+            assert bool(found["product"]) != exact and (found["multiply-add"] >= 128 or not exact), kernel
+            assert bool(found["ldmatrix"]) == (not exact and "Tf32" not in name), kernel
+        else:
+            assert not found["product"], kernel
+
+
+def test_info_lists_the_kernels(capsys):
+    """Of the library, or compiled for the occasion where it has none."""
+    assert command.main(["info", "--kernels"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("covariance_kernel<Short<__nv_bfloat16>, true>", "products_kernel<Tf32, true>", "finalize_kernel"):
+        assert name in printed

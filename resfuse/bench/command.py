@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import info, kernels, plot, tables, tune, verify
+from . import cuda_kernels, info, kernels, plot, tables, tune, verify
 from .implementations import IMPLEMENTATIONS, Implementation
 from .plan import Plan, plan
 from .run import run
@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--png", type=Path, metavar="PATH", help="figure of the loss curves")
 
     facts = commands.add_parser("info", help="device, versions, kernel sets, what is missing and how to get it")
+    facts.add_argument("--kernels", action="store_true", help="what the CUDA kernels are compiled to; needs no GPU")
     compiled = commands.add_parser("kernels", help="what the Triton kernels are compiled to; needs no GPU")
     compiled.add_argument("--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="default: 90")
     compiled.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kernels.show(options.arch, getattr(torch, options.dtype), console)
     elif options.command == "tune":
         tune.run(getattr(torch, options.dtype), options.batch, options.seconds, options.device, console)
+    elif options.kernels:
+        cuda_kernels.show(console)
     else:
         info.show(options.device, console)
     return 0

@@ -23,12 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
+from .. import occupancy
 from .runners import instead
 
-# Shared memory that a block may have, and registers and shared memory of a multiprocessor, by architecture.
+# Shared memory that a block may have, by architecture.
 SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-SHARED_TOTAL = {80: 164 << 10, 86: 100 << 10, 89: 100 << 10, 90: 228 << 10, 100: 228 << 10}
-REGISTERS, THREADS = 65536, {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048}
 ARCHITECTURES = (80, 89, 90, 100)
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async", "mma.sync": r"mma\.sync", "tcgen05": r"tcgen05\.mma",
@@ -69,9 +68,7 @@ class Kernel:
     @property
     def blocks(self) -> int:
         """Blocks that fit on a multiprocessor at once."""
-        allocated = -(-self.registers // 8) * 8 * 32 * self.warps
-        by_shared = SHARED_TOTAL[self.arch] // (self.shared + 1024)
-        return min(REGISTERS // allocated, by_shared, THREADS[self.arch] // (32 * self.warps), 32)
+        return occupancy.blocks(self.arch, self.registers, self.shared, 32 * self.warps)
 
 
 class FakeDriver:
