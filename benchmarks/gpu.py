@@ -165,18 +165,22 @@ def primitives(options: argparse.Namespace) -> None:
 
 
 def sanitize(options: argparse.Namespace) -> None:
-    """The Triton kernels' tests at small shapes under compute-sanitizer's memcheck and racecheck."""
+    """Tests of the Triton and the CUDA kernels at small shapes under compute-sanitizer's memcheck and racecheck, those
+    of the CUDA kernels under its synccheck too."""
     tool, status = shutil.which("compute-sanitizer"), {}
     if tool is None:
         write_json(options.out / "sanitize.json", {"left_out": "sanitizer_missing: compute-sanitizer is not on PATH"})
         sys.exit(LEFT_OUT)
-    chosen = [str(ROOT / "tests" / "test_triton.py"), "-m", "gpu", "-k", "small-strided and not float16"]
-    for check in ("memcheck", "racecheck"):
+    triton = [str(ROOT / "tests" / "test_triton.py"), "-m", "gpu", "-k", "small-strided and not float16"]
+    compiled = [str(ROOT / "tests" / "test_kernels.py"), "-m", "gpu", "-k", "cuda and (float32 or bfloat16)"]
+    checks = [(name, tests) for name in ("memcheck", "racecheck") for tests in (triton, compiled)]
+    for check, chosen in (*checks, ("synccheck", compiled)):
+        of = "triton" if chosen is triton else "cuda"
         command = [tool, "--tool", check, "--error-exitcode", "9", "--target-processes", "all", sys.executable]
         command += ["-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
         # Without torch's cache every tensor is an allocation, whose end memcheck knows.
-        code, lines = _logged(command, options.out / f"{check}.txt", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        status[check] = {"exit_code": code, "last": lines[-20:]}
+        code, lines = _logged(command, options.out / f"{check}-{of}.txt", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        status[f"{check}, {of}"] = {"exit_code": code, "last": lines[-20:]}
         write_json(options.out / "sanitize.json", status)
     sys.exit(max(each["exit_code"] for each in status.values()))
 

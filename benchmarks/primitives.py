@@ -117,6 +117,9 @@ def works(case: BottleneckCase, dtype: torch.dtype, device: torch.device) -> dic
         "expand_products": Work(
             lambda k: k.expand_products(g, y2, mean, None)[:2], big + bits + small, one_wide
         ),
+        "expand_products, with u": Work(  # where the set gives it
+            lambda k: k.expand_products(g, y2, mean, wg)[:2], big + bits + 2 * small, 2 * one_wide
+        ),
         "expand_dgrad": Work(
             lambda k: _gradient(k.expand_dgrad(g, None, y2, wg, q, one, c, True, mean)),
             big + bits + 2 * small, one_wide + 2 * count * narrow**2,
@@ -223,13 +226,15 @@ def _tensors(result) -> list[Tensor]:
 def show(rows: list[dict], issued: list[dict], console: Console) -> None:
     table = Table(title="Primitives, and what share of a copy's and a matrix product's rate they reach",
                   title_justify="left")
-    for column in ("case", "primitive", "set", "us", "error", "copy", "matmul"):
+    for column in ("case", "primitive", "set", "us", "triton's", "error", "copy", "matmul"):
         table.add_column(column, justify="left" if column in ("case", "primitive", "set") else "right")
+    triton = {(row["case"], row["primitive"]): row["median"] for row in rows if row["set"] == "triton"}
     for row in rows:
+        theirs = triton.get((row["case"], row["primitive"]))
+        ratio = "-" if theirs is None else f"{theirs / row['median']:.2f}x"
         shares = (f"{row[key]:.0%}" if key in row else "-" for key in ("copy_share", "matmul_share"))
-        table.add_row(
-            row["case"], row["primitive"], row["set"], f"{1e6 * row['median']:.1f}", f"{row['error']:.1e}", *shares
-        )
+        microseconds, error = f"{1e6 * row['median']:.1f}", f"{row['error']:.1e}"
+        table.add_row(row["case"], row["primitive"], row["set"], microseconds, ratio, error, *shares)
     console.print(table)
     for row in issued:
         console.print(

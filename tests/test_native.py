@@ -1,5 +1,8 @@
 """The C++ kernel `apply` against plain torch, and the sentences of its refusals."""
 
+import re
+import shutil
+import subprocess
 from itertools import product
 
 import numpy as np
@@ -206,6 +209,20 @@ def test_what_it_cannot_serve_is_refused_with_a_code():
 
 
 @pytest.mark.slow
+def test_the_library_holds_no_python():
+    """So that one library serves every Python that has its torch."""
+    if shutil.which("nm") is None or shutil.which("readelf") is None:
+        pytest.skip("no_binutils: nm and readelf are not on PATH")
+    symbols = _printed("nm", "-D", "--undefined-only", str(_native.LIBRARY)).split()
+    assert not [symbol for symbol in symbols if symbol.lstrip("_").startswith("Py")]
+    needed = re.findall(r"NEEDED.*\[(.*)\]", _printed("readelf", "-d", str(_native.LIBRARY)))
+    assert "libtorch_cpu.so" in needed and not [name for name in needed if "python" in name]
+
+
+def _printed(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def test_more_elements_than_32_bits_count():
     c = 64
     pixels = 2**31 // c + 3

@@ -1,7 +1,8 @@
 """Which kernel set serves a call: primitive by primitive, with reasons.
 
-`auto` asks the sets in the order below and falls back, once per primitive and reason in the log and in the report;
-a named backend runs every primitive itself or raises `Unsupported` with every reason.
+`auto` asks the sets in the order below, one that was measured to be faster before others, and falls back, once per
+primitive and reason in the log and in the report; a named backend runs every primitive itself or raises `Unsupported`
+with every reason.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 
+from . import measured
 from .interface import PRIMITIVES, Reason, Unsupported
 
 log = logging.getLogger("resfuse")
@@ -51,7 +53,11 @@ def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
         reasons = kernel_set(name).unsupported(device, dtype)
         if not reasons:
             usable.append(name)
-    chosen = {primitive: [s for s in usable if primitive in kernel_set(s).PRIMITIVES] for primitive in PRIMITIVES}
+    faster = measured.preferred(device, dtype) if backend == "auto" else {}
+    chosen = {}
+    for primitive in PRIMITIVES:
+        able = [name for name in usable if primitive in kernel_set(name).PRIMITIVES]
+        chosen[primitive] = sorted(able, key=lambda name: name != faster.get(primitive))  # noqa: B023
     log.info("kernels for %s %s: %s", device, dtype, {p: s[0] for p, s in chosen.items()})
     return SimpleNamespace(
         chosen={p: s[0] for p, s in chosen.items()}, **{p: _first_able(p, s) for p, s in chosen.items()}
