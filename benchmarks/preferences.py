@@ -1,6 +1,6 @@
 """Lines for resfuse/kernels/measured.py from what `make gpu` measured:
 
-python benchmarks/preferences.py primitives.json
+python -m benchmarks.preferences primitives.json
 """
 
 import json

@@ -158,7 +158,7 @@ def measure(
 ) -> list[dict]:
     """A row for each primitive and set: error against the eager set, time, rates, shares of the ceilings."""
     kernels, rows = sets(device, dtype), []
-    rounds = {"budget": seconds, "maximum": 50, "warmup": 3, "device": device}
+    rounds = {"budget": seconds, "maximum": 50, "warmup": 3, "device": device, "host": False}
     limits = {name: summary(each).median for name, each in
               interleave(ceilings(device, dtype, size, side), **rounds).items()}
     copy, matmul = 2 * size / limits["copy"], 2 * side**3 / limits["matmul"]

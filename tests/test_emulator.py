@@ -16,8 +16,18 @@ ORDERS = pytest.mark.parametrize("order", [0, 1, 2], ids=["forward", "backward",
 
 
 @pytest.fixture(scope="module")
-def library() -> Library:
+def emulated() -> Library:
     return Library(emulator.build(list(SOURCES.values())))
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def library(request):
+    """The kernels in the emulator, and on a GPU, which the emulator must be like."""
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated")
+    from resfuse.testing import nvcc
+
+    return nvcc.Library(list(SOURCES.values()))
 
 
 def run_product(library: Library, kind: str = "bf16"):
@@ -30,7 +40,7 @@ def run_product(library: Library, kind: str = "bf16"):
     buffers = [(a, READ, "a"), (b, READ, "b"), (d, WRITE, "d")]
     library.call("mma_once", buffers, ["bf16", "f16", "tf32"].index(kind))
     torch.testing.assert_close(d, (a.double() @ b.double().T).float(), rtol=1e-6, atol=1e-6)
-    assert library.stat("mma") == 1
+    assert not library.counts or library.stat("mma") == 1
 
 
 def run_copy(library: Library, valid: int = 32, transpose: int = 0, order: int = 0):
@@ -39,7 +49,8 @@ def run_copy(library: Library, valid: int = 32, transpose: int = 0, order: int =
     library.call("copy", [(rows, READ, "rows"), (out, WRITE, "out")], valid, transpose, order=order)
     matrices = torch.where(torch.arange(32)[:, None] < valid, rows, torch.zeros_like(rows)).view(4, 8, 8)
     assert torch.equal(out.view(torch.int16).view(4, 8, 8), matrices.mT if transpose else matrices)
-    assert library.traffic(rows) == valid * 16 and library.stat("cp_async_bytes") == 32 * 16
+    if library.counts:
+        assert library.traffic(rows) == valid * 16 and library.stat("cp_async_bytes") == 32 * 16
 
 
 def run_pipeline(library: Library, order: int = 0):
@@ -47,7 +58,8 @@ def run_pipeline(library: Library, order: int = 0):
     x, out = torch.randint(0, 100, (7, 32), dtype=torch.int32), torch.empty(32, dtype=torch.int32)
     library.call("pipeline", [(x, READ, "x"), (out, WRITE, "out")], 7, order=order, seed=3)
     assert torch.equal(out, 2 * x.sum(0).roll(-1).int())
-    assert library.traffic(x) == 7 * 32 * 4 and library.traffic(out, written=True) == 32 * 4
+    if library.counts:
+        assert library.traffic(x) == 7 * 32 * 4 and library.traffic(out, written=True) == 32 * 4
 
 
 def run_last_block(library: Library, order: int = 0):
@@ -76,7 +88,8 @@ def run_wgmma_tile(library: Library, register_a: int = 1, transpose_b: int = 0, 
     left, right = a.double(), b.double()
     exact = (left.relu() if register_a else left) @ (right if transpose_b else right.T)
     torch.testing.assert_close(out, exact.float(), rtol=1e-4, atol=1e-4)
-    assert library.stat("ldmatrix_cycles") == library.stat("ldmatrix")  # the swizzle has no bank conflicts
+    if library.counts:
+        assert library.stat("ldmatrix_cycles") == library.stat("ldmatrix")  # the swizzle has no bank conflicts
 
 
 def test_warp_operations(library):
@@ -140,20 +153,20 @@ def test_conversions_bit_for_bit(library):
     assert torch.equal(back.view(torch.int32), expected.view(torch.int32))
 
 
-def test_launches_by_other_callers(library):
+def test_launches_by_other_callers(emulated):
     """Without `call`, as when an operator launches: the error stays until `reset`."""
-    library.reset()
-    library.set_order(1, seed=2)
+    emulated.reset()
+    emulated.set_order(1, seed=2)
     x = torch.ones(2, 32, dtype=torch.int32)
     with pytest.raises(EmulatorError, match="^out-of-bounds: .* past the end of 'x'.* microtests.cu:"):
-        library.call("pipeline", [(x, READ, "x"), (torch.empty(32, dtype=torch.int32), WRITE, "out")], 3)
-    assert library.error().startswith("out-of-bounds")
-    library.reset()
-    assert library.error() is None
+        emulated.call("pipeline", [(x, READ, "x"), (torch.empty(32, dtype=torch.int32), WRITE, "out")], 3)
+    assert emulated.error().startswith("out-of-bounds")
+    emulated.reset()
+    assert emulated.error() is None
     with pytest.raises(KeyError, match="no such count"):
-        library.stat("no such count")
+        emulated.stat("no such count")
     with pytest.raises(ValueError, match="'x' has gaps"):
-        library.call("warp_ops", [(x[:, ::2], READ, "x")])
+        emulated.call("warp_ops", [(x[:, ::2], READ, "x")])
 
 
 def test_builds_are_reused_and_errors_shown(tmp_path):

@@ -208,7 +208,6 @@ def test_what_it_cannot_serve_is_refused_with_a_code():
         apply(a, Sum(second, row_scale=torch.ones(2)), Want())
 
 
-@pytest.mark.slow
 def test_the_library_holds_no_python():
     """So that one library serves every Python that has its torch."""
     if shutil.which("nm") is None or shutil.which("readelf") is None:
@@ -223,6 +222,7 @@ def _printed(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_more_elements_than_32_bits_count():
     c = 64
     pixels = 2**31 // c + 3

@@ -1,7 +1,9 @@
 // The scope of one operator: on a GPU, its device and stream; without one, the tensors that the emulator watches.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
 #include <optional>

@@ -134,7 +134,7 @@ def gpu_timer(device: torch.device, seconds: float) -> Timer:
             except TritonError:
                 continue
             able[name] = call
-        times = interleave(able, budget=seconds, minimum=5, maximum=50, device=device)
+        times = interleave(able, budget=seconds, minimum=5, maximum=50, device=device, host=False)
         return {name: summary(each).median for name, each in times.items()}
 
     return measured

@@ -6,13 +6,15 @@ A fake is given what the operator is; sizes may be symbols. What was not asked f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
+@cache
 def register(namespace: str) -> None:
-    """Gives the operators of a loaded library, torch.ops.<namespace>, their fakes."""
+    """Gives the operators of a loaded library, torch.ops.<namespace>, their fakes: once, as torch wants it."""
     for name, fake in FAKES.items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
 

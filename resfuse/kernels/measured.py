@@ -1,6 +1,6 @@
 """Which kernel set was the faster, primitive by primitive, where both ran on a GPU: `auto` asks it first.
 
-`python benchmarks/preferences.py primitives.json` prints the lines from what `make gpu` measured.
+`python -m benchmarks.preferences primitives.json` prints the lines from what `make gpu` measured.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def _near_kink(twin: nn.Module, x: Tensor) -> Tensor:
     """Where the input of the block's last ReLU, of rms r, is below KINK * r: bool [output's shape], or False of a block
     without a ReLU module of its own. No statistics advance."""
     if not isinstance(getattr(twin, "relu", None), nn.ReLU):
-        return torch.tensor(False)
+        return torch.tensor(False, device=x.device)
     seen = []
     handle = twin.relu.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].clone()))
     statistics = {name: b.clone() for name, b in twin.named_buffers()}

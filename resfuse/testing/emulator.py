@@ -114,6 +114,8 @@ def _cached(name: str, command: list[str], inputs: list[Path]) -> Path:
 class Library:
     """A built library: its `extern "C"` functions, what the emulator counted, and what it found."""
 
+    counts = True  # traffic and instructions
+
     def __init__(self, path: Path):
         self.path = path
         self._library = ctypes.CDLL(str(path))

@@ -40,17 +40,19 @@ def interleave(
     maximum: int = 1000,
     warmup: int = 1,
     device: torch.device | str = "cpu",
+    host: bool = True,
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, one a round, after `warmup` rounds that do not count.
 
     A round runs every call once; its order is rotated by one place each round. Rounds go on until another would pass
-    `budget` seconds (warm-up included) or `maximum` is reached, never fewer than `minimum`. CUDA: measured by events
-    with the L2 cache flushed before each call. `progress` is given the share of the budget or rounds used.
+    `budget` seconds (warm-up included) or `maximum` is reached, never fewer than `minimum`. CUDA: measured by events,
+    nothing of the operands in the L2 cache; host=False keeps the device busy until the host has issued the call, so that
+    what is measured is the device's time alone. `progress` is given the share of the budget or rounds used.
     """
     if not calls or minimum < 1 or maximum < minimum:
         raise ValueError(f"need calls and 1 <= minimum <= maximum, got {len(calls)}, {minimum}, {maximum}")
-    clock = _cuda_clock(torch.device(device)) if torch.device(device).type == "cuda" else _wall_clock
+    clock = _cuda_clock(torch.device(device), host) if torch.device(device).type == "cuda" else _wall_clock
     names, start = list(calls), time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in names}
     longest = 0.0  # of the rounds that count: a warm-up may compile
@@ -107,15 +109,24 @@ def _wall_clock(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+CYCLES = 2e9  # of a multiprocessor in a second, at most
+UNKNOWN = 5e-3  # seconds that the host may take to issue a call, before it has been seen
+
+
+def _cuda_clock(device: torch.device, host: bool) -> Callable[[Callable[[], object]], float]:
     size = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(2 * size, dtype=torch.uint8, device=device)
+    other = torch.zeros(size // 4, dtype=torch.float64, device=device)  # twice the cache
+    issued: dict[int, float] = {}  # seconds, by call
 
     def clock(call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        other.sum()  # read, not written: what is written would have to leave the cache during the call
+        if not host:
+            torch.cuda._sleep(int(1.5 * CYCLES * issued.get(id(call), UNKNOWN)))
         start.record()
+        began = time.perf_counter()
         call()
+        issued[id(call)] = time.perf_counter() - began
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
