@@ -15,7 +15,7 @@ from torch import nn
 
 from .blocks import plans
 from .blocks.mixin import FusedMixin, State, fused_class, original_class
-from .kernels import dispatch
+from .kernels import dispatch, measured
 from .kernels.interface import Reason, Unsupported
 
 LAYOUT = Reason(
@@ -157,7 +157,7 @@ def report(model: nn.Module, *, input_size: tuple[int, int, int, int] = (1, 3, 2
             counts = module.resfuse_state.fallbacks
             result.fallbacks += [(fqn, code, text, count) for code, (count, text) in counts.items()]
     backends = {module.resfuse_state.backend for _, module, _ in survey if isinstance(module, FusedMixin)}
-    for name in sorted(backends & set(dispatch.UNPROVEN)):
+    for name in sorted(name for name in backends & set(dispatch.ORDER) if not measured.proven(name, "cuda")):
         result.notes.append(Reason("unproven", f"kernel set {name}: {dispatch.kernel_set(name).STATUS}"))
     result.kernels = [(primitive, name, *reason) for primitive, name, reason in dispatch.fallbacks()]
     return result

@@ -12,7 +12,7 @@ import resfuse
 ROOT = Path(resfuse.__file__).parent
 LAYERS = (
     "convert", "blocks", "functional", "graph", "calls", "arguments", "functions", "kernels.dispatch",
-    "kernels.measured", "kernels.interface",
+    "kernels.measured", "kernels.nvidia", "kernels.interface",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.interface import Act, BNContext, BNGrad, Masked, Norm, Stats, Sum, Want, wide
-from . import branches, chain, composite
+from . import branches, chain, composite, replay
 from . import unit as units
 from .branches import GIVEN, IDENTITY, NOTHING, PADDED, PROJECTION, Inputs, Spec, Steps
 from .unit import KEEP, NONE, Gradients, Kept, Tensors
@@ -88,9 +88,13 @@ class BlockFunction(torch.autograd.Function):
 
 def forward(spec: Spec, flat: Sequence[Tensor | None]) -> Made:
     """flat: in the order of `Inputs`."""
-    inputs = Inputs.arrange(spec, flat)
-    x = inputs.parts[0]
+    x = flat[0]
     k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
+    return replay.run(k, ("block", spec.static()), flat, lambda: _made(k, spec, Inputs.arrange(spec, flat)))
+
+
+def _made(k, spec: Spec, inputs: Inputs) -> Made:
+    x = inputs.parts[0]
     with torch.autocast(x.device.type, enabled=False):
         written, saved, stats = _forward(k, spec, inputs)
         out = written.out.contiguous(memory_format=spec.out_layout)
@@ -104,9 +108,14 @@ def backward(
     """Gradients of flat, as far as they are needed. saved: in the order of `Saved.flat`."""
     x = flat[0]
     k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
-    inputs, needs = Inputs.arrange(spec, flat), Inputs.arrange(spec, needs)
-    with torch.autocast(x.device.type, enabled=False):
-        return _backward(k, spec, inputs, Saved.arrange(spec, saved), dout, needs)
+
+    def call():
+        with torch.autocast(x.device.type, enabled=False):
+            return _backward(
+                k, spec, Inputs.arrange(spec, flat), Saved.arrange(spec, saved), dout, Inputs.arrange(spec, needs)
+            )
+
+    return replay.run(k, ("block_backward", spec.static(), tuple(needs)), [*flat, *saved, dout], call)
 
 
 def _differentiable(spec: Spec, flat, saved, dout: Tensor, needs) -> list[Tensor | None]:

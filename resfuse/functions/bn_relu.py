@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.interface import BNContext, BNGrad, Norm, RunningUpdate, Stats, Sum, Want, Window, wide
-from . import branches, composite
+from . import branches, composite, replay
 from . import unit as units
 from .branches import Steps
 from .unit import Running, Tensors, Unit
@@ -33,6 +33,10 @@ class PoolSpec(NamedTuple):
     layout: torch.memory_format
     out_layout: torch.memory_format
     steps: Steps
+
+    def static(self) -> tuple:
+        """What a step depends on beside its tensors."""
+        return self._replace(running=None, pending=None, steps=None)
 
 
 class Made(NamedTuple):
@@ -72,8 +76,12 @@ class BNReluFunction(torch.autograd.Function):
 
 def forward(spec: PoolSpec, flat: Sequence[Tensor | None]) -> Made:
     """flat: x, mean, var, and the `Tensors`."""
-    x, mean, var, *tensors = flat
-    k, t = dispatch.kernels(spec.backend, x.device.type, x.dtype), Tensors(*tensors)
+    k = dispatch.kernels(spec.backend, flat[0].device.type, flat[0].dtype)
+    return replay.run(k, ("bn_relu", spec.static()), flat, lambda: _forward(k, spec, *flat))
+
+
+def _forward(k, spec: PoolSpec, x: Tensor, mean: Tensor | None, var: Tensor | None, *tensors: Tensor | None) -> Made:
+    t = Tensors(*tensors)
     with torch.autocast(x.device.type, enabled=False):
         xs = x.contiguous(memory_format=spec.layout)
         measured = None
@@ -94,8 +102,14 @@ def backward(
     spec: PoolSpec, flat: Sequence[Tensor | None], saved: Sequence[Tensor | None], dout: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of flat, as far as they are needed."""
+    k = dispatch.kernels(spec.backend, flat[0].device.type, flat[0].dtype)
+    key = "bn_relu_backward", spec.static(), tuple(needs)
+    return replay.run(k, key, [*flat, *saved, dout], lambda: _backward(k, spec, flat, saved, dout, needs))
+
+
+def _backward(k, spec: PoolSpec, flat, saved, dout: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     (x, _, _, *tensors), (argmax, mean, invstd, scale, shift) = flat, saved
-    k, t = dispatch.kernels(spec.backend, x.device.type, x.dtype), Tensors(*tensors)
+    t = Tensors(*tensors)
     with torch.autocast(x.device.type, enabled=False):
         a = Norm(x.contiguous(memory_format=spec.layout), scale, shift)
         context = BNContext(mean, invstd, t.gamma, spec.unit.batch)

@@ -25,6 +25,7 @@ from ..kernels.interface import (
     Want,
     Window,
 )
+from . import replay
 from . import unit as units
 from .unit import COVARIANCE, KEEP, NONE, Gradients, Kept, Running, Tensors, Unit
 
@@ -77,6 +78,10 @@ class Spec(NamedTuple):
     out_layout: torch.memory_format
     steps: Steps
 
+    def static(self) -> tuple:
+        """What a step depends on beside its tensors."""
+        return self._replace(running=None, pending=None, steps=None)
+
 
 class Inputs(NamedTuple):
     """The tensor arguments of a Function, or a flag or gradient for each. stats: mean and variance of the input, None
@@ -120,7 +125,12 @@ def gradients(parts, residual, gate, norm, found: Sequence[Gradients], shortcut:
 
 
 def update_running(pending: Sequence[RunningUpdate], backend: str, device: str, dtype: torch.dtype) -> None:
-    dispatch.kernels(backend, device, dtype).update_running(pending)
+    if not pending:
+        return
+    k = dispatch.kernels(backend, device, dtype)
+    tensors = [t for stats, _, mean, var, tracked, _ in pending for t in (*stats, mean, var, tracked)]
+    counts = tuple((count, momentum) for _, count, _, _, _, momentum in pending)
+    replay.run(k, ("update_running", counts), tensors, lambda: k.update_running(pending))
 
 
 # Input -------------------------------------------------------------------------------------------------------

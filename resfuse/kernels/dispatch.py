@@ -1,8 +1,8 @@
 """Which kernel set serves a call: primitive by primitive, with reasons.
 
-`auto` asks the sets in the order below, one that was measured to be faster before others, and falls back, once per
-primitive and reason in the log and in the report; a named backend runs every primitive itself or raises `Unsupported`
-with every reason.
+`auto` asks the sets whose tests passed on such a device in the order below, one that was measured to be faster before
+others, and falls back, once per primitive and reason in the log and in the report; a named backend runs every primitive
+itself or raises `Unsupported` with every reason.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from .interface import PRIMITIVES, Reason, Unsupported
 log = logging.getLogger("resfuse")
 
 ORDER = ("triton", "cuda", "cpu", "eager")  # preferred first
-UNPROVEN = ("triton", "cuda")  # not yet tested on the device they are for: by name only, never by `auto`
 _fallbacks: dict[tuple[str, str, str], Reason] = {}
 
 
@@ -36,7 +35,8 @@ def kernel_set(name: str) -> ModuleType:
 
 @cache
 def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
-    """One callable per primitive for a device type and storage dtype.
+    """One callable per primitive for a device type and storage dtype; `chosen` names their sets, `replays` is for those
+    who call them.
 
     backend: "auto" or a kernel set's name. Raises Unsupported with every reason if the named set cannot serve
     all primitives there.
@@ -47,7 +47,7 @@ def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
         reasons = missing(backend, device, dtype)
         if reasons:
             raise Unsupported(reasons)
-    order = [name for name in ORDER if name not in UNPROVEN] if backend == "auto" else [backend]
+    order = [name for name in ORDER if measured.proven(name, device)] if backend == "auto" else [backend]
     usable = []
     for name in order:
         reasons = kernel_set(name).unsupported(device, dtype)
@@ -60,7 +60,7 @@ def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
         chosen[primitive] = sorted(able, key=lambda name: name != faster.get(primitive))  # noqa: B023
     log.info("kernels for %s %s: %s", device, dtype, {p: s[0] for p, s in chosen.items()})
     return SimpleNamespace(
-        chosen={p: s[0] for p, s in chosen.items()}, **{p: _first_able(p, s) for p, s in chosen.items()}
+        chosen={p: s[0] for p, s in chosen.items()}, replays={}, **{p: _first_able(p, s) for p, s in chosen.items()}
     )
 
 

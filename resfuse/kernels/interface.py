@@ -19,7 +19,8 @@ Conventions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,6 +41,25 @@ class Unsupported(NotImplementedError):
         self.reasons = tuple(reasons)
         super().__init__("; ".join(f"{r.code}: {r.text}" for r in self.reasons))
 
+
+class Started(NamedTuple):
+    """How a kernel that is no operator of torch's dispatcher is started again: function(*fixed, *operands), with the
+    current stream's address for STREAM and, where `addresses`, those of the operands' memory for them."""
+
+    function: Callable
+    fixed: tuple
+    operands: tuple
+    addresses: bool
+
+
+class _Listening(threading.local):
+    """started: who is told of such kernels in this thread; it starts them."""
+
+    started: Callable[[Callable[[], Started]], None] | None = None
+
+
+STREAM = object()
+listening = _Listening()
 
 # Operands ----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
-"""Which kernel set was the faster, primitive by primitive, where both ran on a GPU: `auto` asks it first.
+"""What was found on GPUs: which kernel sets passed their tests there, and which of two was the faster, primitive by
+primitive. `auto` asks the former alone, and of them the faster first.
 
-`python -m benchmarks.preferences primitives.json` prints the lines from what `make gpu` measured.
+`python -m benchmarks.preferences primitives.json` prints the lines of PREFERENCES from what `make gpu` measured.
 """
 
 from __future__ import annotations
@@ -20,8 +21,18 @@ class Preference(NamedTuple):
     why: str
 
 
+# Compute capabilities of the GPUs on which the tests of a set's kernels passed; benchmarks/results says when.
+PROVEN: dict[str, tuple[tuple[int, int], ...]] = {"triton": ((9, 0),), "cuda": ()}
+
 # Where a measurement says other than `dispatch.ORDER`. None does yet.
 PREFERENCES: tuple[Preference, ...] = ()
+
+
+def proven(kernel_set: str, device: str) -> bool:
+    """Whether a set's kernels have passed their tests on such a device as is here; sets for CPUs are tested on any."""
+    if kernel_set not in PROVEN:
+        return True
+    return device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() in PROVEN[kernel_set]
 
 
 def preferred(device: str, dtype: torch.dtype) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""CUDA kernels of csrc on a GPU, called as the emulator's `Library` is: what the emulator believes, hardware confirms."""
+"""CUDA kernels of csrc on a GPU, called as the emulator's `Library` is: hardware confirms what that believes."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ def interleave(
 
     A round runs every call once; its order is rotated by one place each round. Rounds go on until another would pass
     `budget` seconds (warm-up included) or `maximum` is reached, never fewer than `minimum`. CUDA: measured by events,
-    nothing of the operands in the L2 cache; host=False keeps the device busy until the host has issued the call, so that
-    what is measured is the device's time alone. `progress` is given the share of the budget or rounds used.
+    nothing of the operands in the L2 cache; host=False keeps the device busy until the host has issued the call, so
+    that what is measured is the device's time alone. `progress` is given the share of the budget or rounds used.
     """
     if not calls or minimum < 1 or maximum < minimum:
         raise ValueError(f"need calls and 1 <= minimum <= maximum, got {len(calls)}, {minimum}, {maximum}")

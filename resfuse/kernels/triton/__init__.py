@@ -13,7 +13,7 @@ from ..interface import PRIMITIVES as PRIMITIVES
 from ..interface import Reason
 from . import _launch
 
-STATUS = "Triton kernels; checked without a GPU (interpreted, compiled), unproven on one"
+STATUS = "Triton kernels; tested on compute capability 9.0, elsewhere checked without a GPU (interpreted, compiled)"
 LEAST_TRITON = (3, 6)  # whose tuples carry the operands
 
 

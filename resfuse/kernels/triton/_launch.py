@@ -7,7 +7,13 @@ from functools import cache
 from typing import Protocol
 
 import torch
+import triton
 from torch import Tensor
+
+from ..interface import STREAM, Started, listening
+
+# Tritons whose compiled kernels are run with the arguments that `_started` gives.
+RUNS_COMPILED = tuple(map(int, triton.__version__.split(".")[:2])) in ((3, 3), (3, 4), (3, 5), (3, 6))
 
 
 class Instead(Protocol):
@@ -23,13 +29,31 @@ instead: Instead | None = None
 
 def launch(kernel: Callable, programs: int, like: Tensor, *args, **options) -> None:
     """Start `programs` programs of a kernel on like's device; args and options are the kernel's and the compiler's."""
-    if instead is not None:
-        instead(kernel, programs, args, options)
-    elif like.device.index == torch.cuda.current_device():
-        kernel[(programs,)](*args, **options)
+    if listening.started is not None:
+        listening.started(lambda: _started(kernel, programs, like, args, options))
     else:
-        with torch.cuda.device(like.device):
-            kernel[(programs,)](*args, **options)
+        _start(kernel, programs, like, args, options)
+
+
+def _start(kernel: Callable, programs: int, like: Tensor, args: tuple, options: dict):
+    """The compiled kernel, where one ran."""
+    if instead is not None:
+        return instead(kernel, programs, args, options)
+    if like.device.index == torch._C._cuda_getDevice():
+        return kernel[(programs,)](*args, **options)
+    with torch.cuda.device(like.device):
+        return kernel[(programs,)](*args, **options)
+
+
+def _started(kernel: Callable, programs: int, like: Tensor, args: tuple, options: dict) -> Started:
+    """Starts it, and says how: by the compiled kernel itself, without what Triton does to find it."""
+    compiled = _start(kernel, programs, like, args, options)
+    if instead is not None or not RUNS_COMPILED:
+        again = lambda like, *args: _start(kernel, programs, like, args, options)  # noqa: E731
+        return Started(again, (), (like, *args), False)
+    fixed = (programs, 1, 1, STREAM, compiled.function, compiled.packed_metadata, None, None, None)
+    operands = (*args, *(options[name] for name in kernel.arg_names[len(args) :]))
+    return Started(compiled.run, fixed, operands, True)
 
 
 def arch(like: Tensor) -> int:
