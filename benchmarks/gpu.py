@@ -75,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure on one GPU; see the file's head.")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--parts", default=DEFAULT, help=f"of {', '.join(LIMITS)}; default {DEFAULT}")
+    known = f"of {', '.join(MODES)}; default {', '.join(GPU_MODES)}"
+    parser.add_argument("--modes", default=",".join(GPU_MODES), help=known)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: that it runs, nothing more")
     parser.add_argument("--part", choices=LIMITS, help=argparse.SUPPRESS)
@@ -82,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_part(part: str, options: argparse.Namespace) -> str:
-    arguments = ["--out", str(options.out), "--device", str(options.device), "--part", part]
+    arguments = ["--out", str(options.out), "--device", str(options.device), "--part", part, "--modes", options.modes]
     command = [sys.executable, str(Path(__file__)), *arguments, *(["--smoke"] if options.smoke else [])]
     print(f"{part} (at most {LIMITS[part]} s)", flush=True)
     process = subprocess.Popen(command, start_new_session=True)
@@ -217,7 +219,7 @@ def _measure(
     if options.smoke:
         for name in (COMPILE.name, AUTOTUNE.name):
             implementations[name] = Implementation(name, partial(torch.compile, backend="eager"), compiled=True)
-    for mode in GPU_MODES:
+    for mode in options.modes.split(","):
         sets = {each.name: each for each in kernel_sets(options.device, MODES[mode].compute)}
         implementations.update(sets)
         names = (*peers, RESFUSE.name, *sets)

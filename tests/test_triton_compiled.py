@@ -60,7 +60,7 @@ def test_the_whole_table(arch, kind, monkeypatch):
     for primitive, rules in _table.TABLE.items():
         if primitive.startswith("conv_window"):
             continue  # `test_windows`
-        meant = {choose(primitive, dtype, channels, arch) for rule in rules for channels in (rule.up_to or 4096,)}
+        meant = {choose(primitive, dtype, rule.up_to or 4096, arch, rule.outer[-1]) for rule in rules}
         assert meant <= taken, primitive
 
 
@@ -93,12 +93,16 @@ def compiled(arch, kind, names, windows=False):
     return compile_steps(arch, dtype, names, tf32, windows=windows).kernels.values()
 
 
+# Bytes: of one recipe the tile that was measured fastest spills two registers.
+LITTLE = {"_outer_product": 8}
+
+
 def check(kernels, arch, kind, products=PRODUCTS):
     from resfuse.testing.triton.offline import SHARED_LIMIT
 
     assert {k.name for k in kernels} >= set(products)
     for k in kernels:
-        assert k.spills == 0 and not k.serialized, k
+        assert k.spills <= LITTLE.get(k.name, 0) and not k.serialized, k
         if k.name not in ("_tiles_of_q", "_columns_of_q"):
             assert "max" not in k.instructions, f"a ReLU that drops NaN, which the interpreter does not: {k}"
         assert k.shared <= SHARED_LIMIT[arch] and k.blocks >= 1, k

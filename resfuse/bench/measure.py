@@ -89,7 +89,8 @@ def times(
     if not baselines:
         return []
     calls = {(name, passes): call for name, runner in runners.items() for passes, call in runner.passes().items()}
-    seconds = interleave(calls, budget=budget, maximum=ROUNDS, warmup=0, device=device, progress=progress)
+    warmup = 2 if torch.device(device).type == "cuda" else 0  # steps are noted in their second round
+    seconds = interleave(calls, budget=budget, maximum=ROUNDS, warmup=warmup, device=device, progress=progress)
     rows = []
     for passes in dict.fromkeys(passes for _, passes in calls):
         baseline = min(baselines, key=lambda name: median(seconds[name, passes]))

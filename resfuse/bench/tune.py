@@ -40,6 +40,7 @@ class Key(NamedTuple):
     primitive: str
     dtype: torch.dtype
     channels: int
+    outer: int
 
 
 class Noted(NamedTuple):
@@ -150,14 +151,15 @@ def show(choices: Sequence[Choice], device: str, made: int, console: Console) ->
             console.print(f"    {verb} WINDOWS: {key!r},  # {gain:.2f}x", highlight=False, soft_wrap=True)
             continue
         sizes = ", ".join(str(getattr(chosen, name)) for name in LIMITS)
+        tile = f'Tile({sizes}, "{device}: {gain:.2f}x", {chosen.shares})'
         console.print(
-            f'    "{key.primitive}": Rule(Tile({sizes}, "{device}: {gain:.2f}x"), {key.dtype.itemsize}, '
-            f"{key.channels}, {made}),", highlight=False, soft_wrap=True,
+            f'    "{key.primitive}": Rule({tile}, {key.dtype.itemsize}, {key.channels}, range({made}, {made + 1}), '
+            f"range({key.outer}, {key.outer + 1})),", highlight=False, soft_wrap=True,
         )  # fmt: skip
 
 
 def _climbed(key: Key, calls: Sequence[Noted], timer: Timer, made: int) -> Choice:
-    best = first = _table.tile(*key, made)
+    best = first = _table.tile(*key[:3], made, key.outer)
     gain, tried = 1.0, {first}
     windows = {own: own.kernel == key.primitive for call in calls for own in call.windows}
     while candidates := [tile for tile in neighbours(best) if tile not in tried]:
@@ -189,10 +191,10 @@ def _table_with(
     """The launch table with some other choices; what it is asked for goes into the sets."""
     tile, ours = _table.tile, _table.ours
 
-    def chosen_tile(primitive: str, dtype: torch.dtype, channels: int, arch: int) -> Tile:
-        key = Key(primitive, dtype, channels)
+    def chosen_tile(primitive: str, dtype: torch.dtype, channels: int, arch: int, outer: int = 1) -> Tile:
+        key = Key(primitive, dtype, channels, outer)
         asked_tiles.add(key)
-        return tiles[key] if key in tiles else tile(primitive, dtype, channels, arch)
+        return tiles[key] if key in tiles else tile(primitive, dtype, channels, arch, outer)
 
     def chosen_window(*arguments) -> bool:
         own = _table.own(*arguments)

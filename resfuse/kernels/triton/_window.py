@@ -257,7 +257,7 @@ def conv_window_wgrad(grad: Grad, a: Act, weight: Tensor, geometry: Geometry) ->
     count, taps = _operands.rows(left.dout), size[0] * size[1]
     tile = _table.tile("conv_window_wgrad", right.x.dtype, inner, arch(right.x))
     tiles = -(-outer // tile.rows) * -(-inner // tile.channels) * taps * groups
-    shares, each = _table.shares(count, tile.depth, tiles)
+    shares, each = _table.shares(count, tile.depth, tiles, tile.shares)
     products = torch.empty((shares, outputs, taps, inner), dtype=torch.float32, device=right.x.device)
     launch(
         _conv_window_wgrad, shares * tiles, right.x, left, right, products, window, count, outputs, inner * groups,

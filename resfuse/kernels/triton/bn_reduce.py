@@ -63,7 +63,7 @@ def partial_sums(g: _operands.GradArgs, z: Tensor, mean: Tensor) -> Tensor:
     count, channels = _operands.rows(z), z.shape[1]
     tile = _table.tile("elements", z.dtype, channels, arch(z))
     columns = -(-channels // tile.channels)
-    shares, each = _table.shares(count, tile.rows, columns)
+    shares, each = _table.shares(count, tile.rows, columns, tile.shares)
     partial = torch.empty((shares, 2, channels), dtype=torch.float32, device=z.device)
     launch(
         _bn_reduce, shares * columns, z, g, z, _operands.vector(mean), partial, count, channels,

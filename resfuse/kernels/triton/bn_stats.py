@@ -40,9 +40,9 @@ def _bn_stats(
 def bn_stats(z: Tensor) -> Stats:
     _operands.check_rows(z=z)
     count, channels = _operands.rows(z), z.shape[1]
-    tile = _table.tile("elements", z.dtype, channels, arch(z))
+    tile = _table.tile("bn_stats", z.dtype, channels, arch(z))
     columns = -(-channels // tile.channels)
-    shares, each = _table.shares(count, tile.rows, columns)
+    shares, each = _table.shares(count, tile.rows, columns, tile.shares)
     partial = torch.empty((shares, 2, channels), dtype=torch.float32, device=z.device)
     launch(
         _bn_stats, shares * columns, z, z, partial, count, channels, -(-count // tile.rows), each,

@@ -117,7 +117,7 @@ def covariance(a: Act) -> tuple[Tensor, Tensor]:
     x, channels, count = args.x, args.x.shape[1], _operands.rows(args.x)
     tile = _table.tile("covariance", x.dtype, channels, arch(x))
     columns = -(-channels // tile.channels)
-    shares, each = _table.shares(count, tile.depth, columns * columns)
+    shares, each = _table.shares(count, tile.depth, columns * columns, tile.shares)
     means, squares, mean, cov = (
         torch.empty(size, dtype=torch.float32, device=x.device)
         for size in ((shares, channels), (shares, channels, channels), (channels,), (channels, channels))
