@@ -1,4 +1,10 @@
-"""bn_stats: mean and biased variance of each channel. Reads z once."""
+"""bn_stats: mean and biased variance of each channel. Reads z once, and the first rows of each share twice.
+
+    of each share: p = mean of its first rows,  S = sum(z - p),  G = sum((z - p)^2)
+                   mean_s = p + S / n,  M2_s = G - S^2 / n
+
+Sums are each thread's own until the last row has been read: rows are added across threads once a share.
+"""
 
 import torch
 import triton
@@ -8,7 +14,7 @@ from torch import Tensor
 from ..interface import Stats
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import merge_moments, store_moments, tile_moments
+from ._moments import merge_moments, store_moments
 from ._tiles import load_tile
 
 
@@ -22,18 +28,21 @@ def _bn_stats(
     columns = tl.cdiv(C, BLOCK_C)
     share, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     cols = column * BLOCK_C + tl.arange(0, BLOCK_C)
-    count = 0.0
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    squares = tl.zeros((BLOCK_C,), tl.float32)
-    for block in range(share * each, tl.minimum(share * each + each, blocks)):
+    begin, end = share * each, tl.minimum(share * each + each, blocks)
+    index = begin * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = load_tile(z, index.to(tl.int64) * C, cols, index < M, C, EVEN_C).to(tl.float32)
+    pivot = tl.sum(first, 0)[None, :] / tl.minimum(M - begin * BLOCK_M, BLOCK_M).to(tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for block in range(begin, end):
         index = block * BLOCK_M + tl.arange(0, BLOCK_M)
         t = load_tile(z, index.to(tl.int64) * C, cols, index < M, C, EVEN_C)
-        more = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
-        own, spread = tile_moments(t.to(tl.float32), index < M, more)
-        both, apart = count + more, own - mean
-        mean += apart * (more / both)
-        squares += spread + apart * apart * (count * more / both)
-        count = both
+        apart = tl.where((index < M)[:, None], t.to(tl.float32) - pivot, 0.0)
+        total += apart
+        squares += apart * apart
+    count = (tl.minimum(M, end * BLOCK_M) - begin * BLOCK_M).to(tl.float32)
+    along = tl.sum(total, 0)
+    mean, squares = tl.sum(pivot, 0) + along / count, tl.sum(squares, 0) - along * (along / count)
     store_moments(partial, share, cols, C, C, mean, squares)
 
 

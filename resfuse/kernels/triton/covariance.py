@@ -133,7 +133,7 @@ def covariance(a: Act) -> tuple[Tensor, Tensor]:
         BLOCK_C=16, num_warps=4,
     )
     launch(
-        _merge_covariance, -(-cov.numel() // 64), x, means, squares, mean, cov, shares, rows_each, count, channels,
-        TILE=tile.channels, BLOCK_S=32, BLOCK_E=64, num_warps=4,
+        _merge_covariance, -(-cov.numel() // 32), x, means, squares, mean, cov, shares, rows_each, count, channels,
+        TILE=tile.channels, BLOCK_S=32, BLOCK_E=32, num_warps=4,
     )
     return mean, cov

@@ -3,7 +3,7 @@
     T = W @ cov,  dgamma = invstd * rowsum(P * W),  dweight = scale * (P - dgamma * invstd * T)
     Q = W.T @ diag(scale * invstd * dgamma / M) @ W = q_scale * q,  c = (sum_g / M) @ Wg - q_scale * (mean @ q)
 
-Three launches: rows of W; tiles of Q with the largest entry of each; columns of q.
+Three launches: tiles of W; tiles of Q with the largest entry of each; columns of q.
 """
 
 import torch
@@ -29,7 +29,8 @@ def _by_rows(
     K, C,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.cdiv(C, BLOCK_C)
+    rows = tl.program_id(0) // columns * BLOCK_R + tl.arange(0, BLOCK_R)
     along = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for j in range(0, C, BLOCK_C):
         cols = j + tl.arange(0, BLOCK_C)
@@ -38,13 +39,14 @@ def _by_rows(
     inverse = tl.load(invstd + rows, mask=rows < K, other=0.0)
     factor = tl.load(scale + rows, mask=rows < K, other=0.0)
     own = inverse * tl.sum(along, 1)
-    tl.store(dgamma + rows, own, mask=rows < K)
-    for j in range(0, C, BLOCK_C):
-        cols = j + tl.arange(0, BLOCK_C)
-        t = times_covariance(weight, cov, rows, cols, K, C, PRECISION, BLOCK_R, BLOCK_C)
-        value = load_weight(products, rows, cols, K, C, False, False) - (own * inverse)[:, None] * t
-        held = (rows < K)[:, None] & (cols < C)[None, :]
-        tl.store(dweight + rows[:, None] * C + cols[None, :], factor[:, None] * value, mask=held)
+    column = tl.program_id(0) % columns
+    if column == 0:
+        tl.store(dgamma + rows, own, mask=rows < K)
+    cols = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    t = times_covariance(weight, cov, rows, cols, K, C, PRECISION, BLOCK_R, BLOCK_C)
+    value = load_weight(products, rows, cols, K, C, False, False) - (own * inverse)[:, None] * t
+    held = (rows < K)[:, None] & (cols < C)[None, :]
+    tl.store(dweight + rows[:, None] * C + cols[None, :], factor[:, None] * value, mask=held)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -119,9 +121,10 @@ def expand_coefficients(
         products.new_empty(size) for size in ((outer,), (outer, inner), (inner, inner), (columns**2,), (inner,))
     )
     q, q_scale = torch.empty_like(full, dtype=weight.dtype), products.new_empty(())
+    block = 32 if inner <= 32 else 64
     launch(
-        _by_rows, -(-outer // 16), weight, products, weight, cov, scale, invstd, dgamma, dweight, outer, inner,
-        PRECISION=precision, BLOCK_R=16, BLOCK_C=32 if inner <= 32 else 64, num_warps=4,
+        _by_rows, -(-outer // 16) * -(-inner // block), weight, products, weight, cov, scale, invstd, dgamma, dweight,
+        outer, inner, PRECISION=precision, BLOCK_R=16, BLOCK_C=block, num_warps=4,
     )
     launch(
         _tiles_of_q, columns**2, weight, weight, scale, invstd, dgamma, full, largest, count, outer, inner,
