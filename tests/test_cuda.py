@@ -137,8 +137,9 @@ def test_products(pixels, outer, inner, precision, monkeypatch):
 
     with emulated() as library:
         g, a, mean, ((centre, cov), (found, total)) = products(pixels, outer, inner, dtype)
-        assert library.traffic(g.dout) == g.dout.nbytes * -(-inner // 64)
-        assert library.traffic(a.z) == a.z.nbytes * -(-outer // 64)
+        square = dtype != torch.float32 and inner > 64 and inner % 8 == outer % 8 == 0
+        assert library.traffic(g.dout) == g.dout.nbytes * -(-inner // (128 if square else 64))
+        assert library.traffic(a.z) == a.z.nbytes * -(-outer // (64 if dtype == torch.float32 else 128))
         assert library.stat("ldmatrix_cycles") == library.stat("ldmatrix"), "bank conflicts"
         assert bool(library.stat("ldmatrix")) == (dtype != torch.float32)
         assert bool(library.stat("mma")) == (precision != "float32")

@@ -9,26 +9,23 @@ namespace {
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2)
 bn_dgrad_kernel(Gradient g, T* __restrict__ out, int64_t rows, int64_t each) {
-  constexpr int kUnroll = kRows<kWhole>;
+  constexpr int kUnroll = kRows<T, kWhole, 2>;
   const Place place(rows, each);
   const int left = g.channels - place.first;
   if (left <= 0) return;
   const GradientVectors vectors(g, place.first);
-  for (int64_t first = place.begin + place.down; first < place.end; first += kUnroll * kDown) {
+  for (int first = place.begin + place.down; first < place.end; first += kUnroll * kDown) {
     GradientRaw<T> raw[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
       if (first + u * kDown < place.end) raw[u] = load_gradient<T, kWhole>(g, first + u * kDown, place.first);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t row = first + u * kDown;
+      const int row = first + u * kDown;
       if (row >= place.end) break;
       float v[kVector];
       gradient_values(v, g, raw[u], vectors);
-      Raw<T> stored;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) stored.v[i] = Stored<T>::from(v[i]);
-      store_raw<kWhole>(out + row * g.channels + place.first, stored, left);
+      store_raw<kWhole>(out + int64_t(row) * g.channels + place.first, to_raw(v, T{}), left);
     }
   }
 }
@@ -36,12 +33,12 @@ bn_dgrad_kernel(Gradient g, T* __restrict__ out, int64_t rows, int64_t each) {
 }  // namespace
 
 int bn_dgrad(DType dtype, const Gradient& g, void* out, int64_t rows, bool even, void* stream) {
-  const dim3 grid(unsigned(tiles(g.channels)), unsigned(shares(rows)));
+  const dim3 grid(unsigned(tiles(g.channels)), unsigned(shares(rows, g.channels)));
   return with_storage(dtype, [&](auto stored) {
     using T = decltype(stored);
     const auto kernel = even ? bn_dgrad_kernel<T, true> : bn_dgrad_kernel<T, false>;
     return launch(kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), g, static_cast<T*>(out), rows,
-                  rows_each(rows));
+                  rows_each(rows, g.channels));
   });
 }
 

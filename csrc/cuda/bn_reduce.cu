@@ -12,13 +12,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 reduce_kernel(Gradient g, const float* __restrict__ mean, float* __restrict__ partial, int64_t rows, int64_t each) {
   SHARED_ARRAY(float, scratch, kDown * kColumns);
   SHARED_ARRAY(float, result, 2 * kColumns);
-  constexpr int kUnroll = kRows<kWhole>;
+  constexpr int kUnroll = kRows<T, kWhole, 2>;
   const Place place(rows, each);
   const GradientVectors vectors(g, place.first);
   float centre[kVector], sums[2][kVector] = {};
   load_vector(centre, mean, place.first, g.channels, 0.0f);
   if (place.first < g.channels) {
-    for (int64_t first = place.begin + place.down; first < place.end; first += kUnroll * kDown) {
+    for (int first = place.begin + place.down; first < place.end; first += kUnroll * kDown) {
       GradientRaw<T> raw[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
@@ -43,27 +43,24 @@ reduce_kernel(Gradient g, const float* __restrict__ mean, float* __restrict__ pa
     partial[(int64_t(blockIdx.y) * 2 + which) * g.channels + channel] = result[which * kColumns + column];
 }
 
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kMergeThreads)
 results_kernel(const float* __restrict__ partial, const float* __restrict__ invstd, const float* __restrict__ gamma,
-               ReduceResults results, int64_t rows, int64_t shares, int channels) {
-  SHARED_ARRAY(float, found, 2 * kThreads);
-  const int tid = int(threadIdx.x), lane = tid / kMergeChannels;
-  const int c = int(blockIdx.x) * kMergeChannels + tid % kMergeChannels;
-  float dy = 0.0f, along = 0.0f;
+               ReduceResults results, int64_t rows, int shares, int channels) {
+  SHARED_ARRAY(float, scratch, 2 * kMergeThreads);
+  const int lane = int(threadIdx.x) / kMergeChannels;
+  const int c = int(blockIdx.x) * kMergeChannels + int(threadIdx.x) % kMergeChannels;
+  float sums[2] = {};
   if (c < channels) {
-    for (int64_t share = lane; share < shares; share += kMergeLanes) {
-      dy += partial[share * 2 * channels + c];
-      along += partial[(share * 2 + 1) * channels + c];
+#pragma unroll 8
+    for (int share = lane; share < shares; share += kMergeLanes) {
+      const float* const at = partial + int64_t(share) * 2 * channels + c;
+      sums[0] += at[0];
+      sums[1] += at[channels];
     }
   }
-  found[tid] = dy;
-  found[kThreads + tid] = along;
-  __syncthreads();
+  add_lanes(sums, scratch);
   if (lane != 0 || c >= channels) return;
-  for (int other = kMergeChannels; other < kThreads; other += kMergeChannels) {
-    dy += found[tid + other];
-    along += found[kThreads + tid + other];
-  }
+  const float dy = sums[0], along = sums[1];
   const float inverse = invstd[c], count = float(rows);
   results.dbeta[c] = dy;
   results.dgamma[c] = along * inverse;
@@ -76,17 +73,18 @@ results_kernel(const float* __restrict__ partial, const float* __restrict__ invs
 
 int bn_reduce(DType dtype, const Gradient& g, const float* mean, const float* invstd, const float* gamma, float* partial,
               const ReduceResults& results, int64_t rows, bool even, void* stream) {
-  const int64_t count = shares(rows);
+  const int64_t count = shares(rows, g.channels);
   const dim3 grid(unsigned(tiles(g.channels)), unsigned(count));
   const auto on = static_cast<cudaStream_t>(stream);
   const int error = with_storage(dtype, [&](auto stored) {
     using T = decltype(stored);
     const auto kernel = even ? reduce_kernel<T, true> : reduce_kernel<T, false>;
-    return launch(kernel, grid, dim3(kThreads), 0, on, g, mean, partial, rows, rows_each(rows));
+    return launch(kernel, grid, dim3(kThreads), 0, on, g, mean, partial, rows, rows_each(rows, g.channels));
   });
   if (error != cudaSuccess) return error;
   const dim3 few(unsigned((g.channels + kMergeChannels - 1) / kMergeChannels));
-  return launch(results_kernel, few, dim3(kThreads), 0, on, partial, invstd, gamma, results, rows, count, g.channels);
+  return launch(results_kernel, few, dim3(kMergeThreads), 0, on, partial, invstd, gamma, results, rows, int(count),
+                g.channels);
 }
 
 }  // namespace resfuse::cuda

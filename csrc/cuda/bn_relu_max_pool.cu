@@ -105,23 +105,23 @@ pool_backward_kernel(const T* __restrict__ dout, const uint8_t* __restrict__ arg
 
 int bn_relu_max_pool(DType dtype, const void* z, const float* scale, const float* shift, bool relu, void* out,
                      uint8_t* argmax, const Pool& pool, int64_t out_rows, int channels, bool even, void* stream) {
-  const dim3 grid(unsigned(tiles(channels)), unsigned(shares(out_rows)));
+  const dim3 grid(unsigned(tiles(channels)), unsigned(shares(out_rows, channels)));
   return with_storage(dtype, [&](auto stored) {
     using T = decltype(stored);
     const auto kernel = even ? pool_kernel<T, true> : pool_kernel<T, false>;
     return launch(kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), static_cast<const T*>(z), scale,
-                  shift, relu, static_cast<T*>(out), argmax, pool, out_rows, rows_each(out_rows), channels);
+                  shift, relu, static_cast<T*>(out), argmax, pool, out_rows, rows_each(out_rows, channels), channels);
   });
 }
 
 int max_pool_backward(DType dtype, const void* dout, const uint8_t* argmax, void* dy, const Pool& pool, int64_t rows,
                       int channels, bool even, void* stream) {
-  const dim3 grid(unsigned(tiles(channels)), unsigned(shares(rows)));
+  const dim3 grid(unsigned(tiles(channels)), unsigned(shares(rows, channels)));
   return with_storage(dtype, [&](auto stored) {
     using T = decltype(stored);
     const auto kernel = even ? pool_backward_kernel<T, true> : pool_backward_kernel<T, false>;
     return launch(kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), static_cast<const T*>(dout),
-                  argmax, static_cast<T*>(dy), pool, rows, rows_each(rows), channels);
+                  argmax, static_cast<T*>(dy), pool, rows, rows_each(rows, channels), channels);
   });
 }
 

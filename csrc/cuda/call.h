@@ -117,7 +117,9 @@ inline DType dtype_of(const at::Tensor& t) {
 }
 
 inline int64_t row_count(const at::Tensor& t) {
-  return t.size(0) * t.size(2) * t.size(3);
+  const int64_t rows = t.size(0) * t.size(2) * t.size(3);
+  TORCH_CHECK(rows <= 1 << 30, "kernels count up to 2^30 rows, and there are ", rows);
+  return rows;
 }
 
 inline bool is_dense(const at::Tensor& t) {

@@ -6,8 +6,9 @@
 //   of all:        mean = sum(n_s mean_s) / M,  cov = (sum(M2_s) + sum(n_s (mean_s - mean)(mean_s - mean).T)) / M
 //
 // Reads a, and in float32 the first 16 rows of each share again, once for each 64 columns: of the pairs of tiles those on
-// and above the diagonal are computed.
+// and above the diagonal are computed. A second kernel takes the means, a third adds the shares in order.
 #include "device/outer_product.h"
+#include "device/shares.h"
 #include "launchers.h"
 
 namespace resfuse::cuda {
@@ -15,108 +16,150 @@ namespace {
 
 using namespace outer;
 
+constexpr int kCovarianceTile = 64;
+
+template <class T>
+using Of16 = Short<T, kCovarianceTile, kCovarianceTile, 4, 64, 4, true>;
+
+// The pair-th of the pairs of tiles on and above the diagonal.
+struct Pair {
+  int up = 0, across = 0;
+
+  DEVICE_MEMBER explicit Pair(int pair) {
+    while (pair > across) pair -= ++across;
+    up = pair;
+  }
+};
+
+// sums, pivots [shares, C]: S and p; no pivots in 16 bits.
 template <class Math, bool kWhole>
-__global__ void __launch_bounds__(kBlock, 3)
-covariance_kernel(Activation a, bool tf32, float* __restrict__ means, float* __restrict__ squares, int64_t rows,
-                  int64_t each) {
+__global__ void __launch_bounds__(Math::kThreads, Math::kBlocks)
+covariance_kernel(Activation a, bool tf32, float* __restrict__ sums, float* __restrict__ pivots,
+                  float* __restrict__ squares, int64_t rows, int64_t each) {
   using T = typename Math::Storage;
   SHARED_DYNAMIC(unsigned char, smem);
-  SHARED_ARRAY(float, of_rows, kTile);
-  SHARED_ARRAY(float, of_columns, kTile);
-  if (blockIdx.x > blockIdx.y) return;
-  const int r0 = int(blockIdx.x) * kTile, c0 = int(blockIdx.y) * kTile, channels = a.x.channels;
-  const int64_t share = blockIdx.z, begin = share * each, end = begin + each < rows ? begin + each : rows;
-  const int chunk = int(threadIdx.x) % kChunks * kVector;
-  const ActivationTile<T> up(a, r0 + chunk), across(a, c0 + chunk);
-  Chunks<Math, ActivationTile<T>, kWhole> left(up, r0), right(across, c0);
+  SHARED_ARRAY(float, vectors, 4 * Math::kLeft);
+  SHARED_ARRAY(float, total, Math::kLeft);
+  if (int(threadIdx.x) < Math::kLeft) total[int(threadIdx.x)] = 0.0f;
+  const Pair pair(int(blockIdx.x));
+  const int r0 = pair.up * Math::kLeft, c0 = pair.across * Math::kRight, channels = a.x.channels;
+  const bool both = r0 != c0;
+  const int64_t share = blockIdx.y;
+  const Steps<Math> steps(share, each, rows);
+  Chunks<Math, ActivationTile<T, Math::kLeft>, kWhole, Math::kLeft> left(a, r0, vectors);
+  Chunks<Math, ActivationTile<T, Math::kRight>, kWhole, Math::kRight> right(a, c0, vectors + 2 * Math::kLeft);
+  __syncthreads();  // the vectors and totals are whole
   left.tf32 = right.tf32 = tf32;
-  const bool both = blockIdx.x != blockIdx.y;
   if constexpr (Math::kCentred) {
-    centre<Math>(left, of_rows, smem, begin, end);
-    if (both) centre<Math>(right, of_columns, smem, begin, end);
+    centre(left, smem, steps);
+    if (both) centre(right, smem, steps);
   }
-  typename Math::Sums sums;
-  add_rows<Math>(sums, smem, left, right, begin, end, both);
-  add_columns(of_rows, reinterpret_cast<float*>(smem), left);
-  if (both) add_columns(of_columns, reinterpret_cast<float*>(smem), right);
-  const float* const across_sums = both ? of_columns : of_rows;
-  const float count = float(end - begin);
+  typename Math::Sums found;
+  add_rows(found, smem, left, right, steps, both, both ? nullptr : total);
 #pragma unroll
-  for (int n = 0; n < 32; ++n) {
-    const int r = sums.row(n), c = sums.column(n);
-    if (r0 + r < channels && c0 + c < channels)
-      squares[(share * channels + r0 + r) * channels + c0 + c] = sums.at(n) - of_rows[r] * (across_sums[c] / count);
+  for (int n = 0; n < Math::Sums::kCount; ++n) {
+    const int r = r0 + found.row(n), c = c0 + found.column(n);
+    if (r < channels && c < channels) squares[(share * channels + r) * channels + c] = found.at(n);
   }
-  if (both || left.row != 0) return;
-#pragma unroll
-  for (int j = 0; j < kVector; ++j)
-    if (left.first + j < channels)
-      means[share * channels + left.first + j] = left.pivot[j] + of_rows[chunk + j] / count;
+  if (both) return;
+  Math::each_column(total, left, smem, [&](int column, float sum, float pivot) {
+    if (r0 + column >= channels) return;
+    sums[share * channels + r0 + column] = sum;
+    if (pivots != nullptr) pivots[share * channels + r0 + column] = pivot;
+  });
 }
 
-constexpr int kElements = 32, kLanes = 8;
+// What the shares found: of share s its rows, and of a channel p and S.
+struct Shares {
+  const float *sums, *pivots;
+  int64_t count, rows, each;
+  int channels;
 
-__global__ void mean_kernel(const float* __restrict__ means, float* __restrict__ mean, int64_t shares, int64_t rows,
-                            int64_t each, int channels) {
-  const int c = int(blockIdx.x) * kElements + int(threadIdx.x);
-  if (c >= channels) return;
-  float total = 0.0f;
-  for (int64_t share = 0; share < shares; ++share) {
+  DEVICE_MEMBER float size(int64_t share) const {
     const int64_t left = rows - share * each;
-    total += means[share * channels + c] * float(left < each ? left : each);
+    return float(left < each ? left : each);
   }
-  mean[c] = total / float(rows);
+  DEVICE_MEMBER float sum(int64_t share, int c) const { return sums[share * channels + c]; }
+  DEVICE_MEMBER float pivot(int64_t share, int c) const { return pivots != nullptr ? pivots[share * channels + c] : 0.0f; }
+};
+
+__global__ void __launch_bounds__(kMergeThreads)
+mean_kernel(Shares shares, float* __restrict__ mean) {
+  SHARED_ARRAY(float, scratch, kMergeThreads);
+  const int lane = int(threadIdx.x) / kMergeChannels;
+  const int c = int(blockIdx.x) * kMergeChannels + int(threadIdx.x) % kMergeChannels;
+  float total[1] = {};
+  if (c < shares.channels) {
+#pragma unroll 4
+    for (int64_t share = lane; share < shares.count; share += kMergeLanes)
+      total[0] += shares.sum(share, c) + shares.pivot(share, c) * shares.size(share);
+  }
+  add_lanes(total, scratch);
+  if (lane == 0 && c < shares.channels) mean[c] = total[0] / float(shares.rows);
 }
+
+constexpr int kElements = 32, kLanes = 16;
 
 // Thread (lane, element): every kLanes-th share of an element, in order. Below the diagonal of tiles: its mirror image.
 __global__ void __launch_bounds__(kElements * kLanes)
-merge_kernel(const float* __restrict__ means, const float* __restrict__ squares, const float* __restrict__ mean,
-             float* __restrict__ cov, int64_t shares, int64_t rows, int64_t each, int channels) {
+merge_kernel(Shares shares, const float* __restrict__ squares, const float* __restrict__ mean, float* __restrict__ cov,
+             int tile) {
   SHARED_ARRAY(float, found, kElements * kLanes);
-  const int tid = int(threadIdx.x), lane = tid / kElements;
+  const int tid = int(threadIdx.x), lane = tid / kElements, channels = shares.channels;
   const int64_t element = int64_t(blockIdx.x) * kElements + tid % kElements, size = int64_t(channels) * channels;
   int r = int(element / channels), c = int(element % channels);
-  if (r / kTile > c / kTile) {
+  if (r / tile > c / tile) {
     const int other = r;
     r = c, c = other;
   }
   float total = 0.0f;
   if (element < size) {
-    for (int64_t share = lane; share < shares; share += kLanes) {
-      const int64_t left = rows - share * each;
-      const float x = means[share * channels + r] - mean[r], y = means[share * channels + c] - mean[c];
-      total += squares[(share * channels + r) * channels + c] + x * y * float(left < each ? left : each);
+    const float of_row = mean[r], of_column = mean[c];
+#pragma unroll 4
+    for (int64_t share = lane; share < shares.count; share += kLanes) {
+      const float n = shares.size(share), sum = shares.sum(share, r), part = shares.sum(share, c) / n;
+      const float x = shares.pivot(share, r) + sum / n - of_row, y = shares.pivot(share, c) + part - of_column;
+      total += squares[(share * channels + r) * channels + c] - sum * part + x * y * n;
     }
   }
   found[tid] = total;
   __syncthreads();
   if (lane != 0 || element >= size) return;
   for (int other = kElements; other < kElements * kLanes; other += kElements) total += found[tid + other];
-  cov[element] = total / float(rows);
+  cov[element] = total / float(shares.rows);
 }
 
 }  // namespace
 
-int covariance(DType dtype, const Activation& a, bool tf32, float* means, float* squares, float* mean, float* cov,
+int64_t covariance_shares(DType dtype, int64_t rows, int channels) {
+  const int64_t tiles = (channels + kCovarianceTile - 1) / kCovarianceTile;
+  return product_shares(dtype, rows, tiles * (tiles + 1) / 2);
+}
+
+int covariance(DType dtype, const Activation& a, bool tf32, float* sums, float* squares, float* mean, float* cov,
                int64_t rows, bool even, void* stream) {
-  const int channels = a.x.channels;
-  const int64_t shares = product_shares(rows, channels, channels), each = product_rows(rows, shares);
-  const unsigned tiles = unsigned((channels + kTile - 1) / kTile);
+  const int channels = a.x.channels, tiles = (channels + kCovarianceTile - 1) / kCovarianceTile;
+  const int64_t count = covariance_shares(dtype, rows, channels), each = product_rows(rows, count);
+  float* const pivots = dtype == DType::kFloat ? sums + count * channels : nullptr;
   const auto on = static_cast<cudaStream_t>(stream);
   const auto start = [&](auto math) {
     using Math = decltype(math);
     const auto kernel = even ? covariance_kernel<Math, true> : covariance_kernel<Math, false>;
-    return launch(kernel, dim3(tiles, tiles, unsigned(shares)), dim3(kBlock), kSharedBytes, on, a, tf32, means, squares,
-                  rows, each);
+    return launch(kernel, dim3(unsigned(tiles * (tiles + 1) / 2), unsigned(count)), dim3(Math::kThreads),
+                  Math::kStages * kStageBytes<Math>, on, a, tf32, sums, pivots, squares, rows, each);
   };
-  int error = dtype == DType::kFloat ? start(Exact{}) : with_short(dtype, start);
+  int error;
+  if (dtype == DType::kFloat)
+    error = start(Exact{});
+  else
+    error = dtype == DType::kBFloat16 ? start(Of16<__nv_bfloat16>{}) : start(Of16<__half>{});
   if (error != cudaSuccess) return error;
-  const dim3 few(unsigned((channels + kElements - 1) / kElements));
-  error = launch(mean_kernel, few, dim3(kElements), 0, on, means, mean, shares, rows, each, channels);
+  const Shares shares = {sums, pivots, count, rows, each, channels};
+  const dim3 few(unsigned((channels + kMergeChannels - 1) / kMergeChannels));
+  error = launch(mean_kernel, few, dim3(kMergeThreads), 0, on, shares, mean);
   if (error != cudaSuccess) return error;
   const dim3 many(unsigned((int64_t(channels) * channels + kElements - 1) / kElements));
-  return launch(merge_kernel, many, dim3(kElements * kLanes), 0, on, means, squares, mean, cov, shares, rows, each,
-                channels);
+  return launch(merge_kernel, many, dim3(kElements * kLanes), 0, on, shares, squares, mean, cov, kCovarianceTile);
 }
 
 }  // namespace resfuse::cuda

@@ -6,14 +6,16 @@
 
 namespace resfuse::cuda {
 
-// Shares of the rows, one a block: they do not depend on the device, so that the order of a sum does not either.
-constexpr int64_t kMostShares = 1024, kShareRows = 32;
-inline int64_t rows_each(int64_t rows) {
-  const int64_t each = (rows + kMostShares - 1) / kMostShares;
+// Shares of the rows, one a block of kTileChannels channels, so that there are about kMostBlocks blocks, of
+// kShareRows rows at least, whose loads a thread asks for at once. They do not depend on the device, so that the order of a sum does not either.
+constexpr int64_t kMostBlocks = 1056, kShareRows = 128, kTileChannels = 64;
+inline int64_t rows_each(int64_t rows, int channels) {
+  const int64_t tiles = (channels + kTileChannels - 1) / kTileChannels, most = tiles < kMostBlocks ? kMostBlocks / tiles : 1;
+  const int64_t each = (rows + most - 1) / most;
   return (each + kShareRows - 1) / kShareRows * kShareRows;
 }
-inline int64_t shares(int64_t rows) {
-  return rows == 0 ? 0 : (rows + rows_each(rows) - 1) / rows_each(rows);
+inline int64_t shares(int64_t rows, int channels) {
+  return rows == 0 ? 0 : (rows + rows_each(rows, channels) - 1) / rows_each(rows, channels);
 }
 
 // partial [shares, 2, C]; mean and biased variance [C].
@@ -37,14 +39,22 @@ int bn_dgrad(DType dtype, const Gradient& g, void* out, int64_t rows, bool even,
 int bn_reduce(DType dtype, const Gradient& g, const float* mean, const float* invstd, const float* gamma, float* partial,
               const ReduceResults& results, int64_t rows, bool even, void* stream);
 
-// Products of transposed activations: tiles of 64 x 64, and shares of the rows so that there are about kProductBlocks
-// blocks. tf32: what a product of float32 reads is rounded to it; a covariance's own products are exact.
-constexpr int64_t kProductBlocks = 1056, kProductStep = 32;
-int64_t product_shares(int64_t rows, int left, int right);
+// Products of transposed activations: shares of the rows so that there are about kProductBlocks blocks, one wave of two
+// on each of an H100's 132 multiprocessors (three in float32), for each share one of each tile. tf32: what a product of
+// float32 reads is rounded to it; a covariance's own products are exact.
+constexpr int64_t kProductBlocks = 264, kWideProductBlocks = 396, kProductStep = 64, kLeastProductRows = 256;
 inline int64_t product_rows(int64_t rows, int64_t shares) {
   const int64_t each = (rows + shares - 1) / shares;
   return (each + kProductStep - 1) / kProductStep * kProductStep;
 }
+inline int64_t product_shares(DType dtype, int64_t rows, int64_t tiles) {
+  const int64_t blocks = dtype == DType::kFloat ? kWideProductBlocks : kProductBlocks;
+  const int64_t wanted = tiles < blocks ? blocks / tiles : 1, most = (rows + kLeastProductRows - 1) / kLeastProductRows;
+  const int64_t each = product_rows(rows, wanted < most ? wanted : most);
+  return (rows + each - 1) / each;
+}
+int64_t covariance_shares(DType dtype, int64_t rows, int channels);
+int64_t expand_shares(DType dtype, int64_t rows, int outer, int inner, bool even, bool with_u);
 
 // result = g.T @ a - total mean.T [K, C] and total = sum(g) [K], g up to its mask; mean may be null. products
 // [shares, K, C], sums [shares, K]. u = g @ wg [M, C] unless null, with wg [K, C], where gives_u.
@@ -53,9 +63,9 @@ int expand_products(DType dtype, const Gradient& g, const Activation& a, bool tf
                     float* products, float* sums, void* u, float* result, float* total, int64_t rows, bool even,
                     void* stream);
 
-// mean [C] and biased covariance [C, C]; means [shares, C], squares [shares, C, C], of which tiles below the diagonal are
-// not written.
-int covariance(DType dtype, const Activation& a, bool tf32, float* means, float* squares, float* mean, float* cov,
+// mean [C] and biased covariance [C, C]; sums [shares, C], twice in float32, squares [shares, C, C], of
+// which tiles below the diagonal are not written.
+int covariance(DType dtype, const Activation& a, bool tf32, float* sums, float* squares, float* mean, float* cov,
                int64_t rows, bool even, void* stream);
 
 // out [N*P*Q, C]: maxima of act(scale * z + shift), rounded; argmax uint8 [N*P*Q, C]: row * columns + column in the

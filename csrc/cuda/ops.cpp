@@ -62,7 +62,7 @@ Rows rows_of(Call& call, const OptionalTensor& t, const char* name) {
 std::tuple<at::Tensor, at::Tensor> bn_stats_op(const at::Tensor& z) {
   check_rows(z, "z");
   const int64_t rows = row_count(z), channels = z.size(1);
-  const at::Tensor partial = empty_vector(z, shares(rows) * 2 * channels);
+  const at::Tensor partial = empty_vector(z, shares(rows, int(channels)) * 2 * channels);
   const at::Tensor mean = empty_vector(z, channels), var = empty_vector(z, channels);
   Call call(z);
   call.done(bn_stats(dtype_of(z), call.in(z, "z"), call.out<float>(partial, "partial"), call.out<float>(mean, "mean"),
@@ -171,7 +171,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_reduce
   check_vector(mean, "mean", dout, channels);
   check_vector(invstd, "invstd", dout, channels);
   check_vector(gamma, "gamma", dout, channels);
-  const at::Tensor partial = empty_vector(dout, shares(rows) * 2 * channels);
+  const at::Tensor partial = empty_vector(dout, shares(rows, int(channels)) * 2 * channels);
   at::Tensor found[5];
   for (at::Tensor& t : found) t = empty_vector(dout, channels);
   Call call(dout);
@@ -198,11 +198,12 @@ void check_activation(const at::Tensor& x, const OptionalTensor& scale, const Op
 std::tuple<at::Tensor, at::Tensor> covariance_op(
     const at::Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool relu, bool tf32) {
   check_activation(x, scale, shift);
-  const int64_t channels = x.size(1), rows = row_count(x), shares = product_shares(rows, int(channels), int(channels));
-  const at::Tensor means = empty_vector(x, shares * channels), squares = empty_vector(x, shares * channels * channels);
+  const int64_t channels = x.size(1), rows = row_count(x), shares = covariance_shares(dtype_of(x), rows, int(channels));
+  const at::Tensor sums = empty_vector(x, (dtype_of(x) == DType::kFloat ? 2 : 1) * shares * channels);
+  const at::Tensor squares = empty_vector(x, shares * channels * channels);
   const at::Tensor mean = empty_vector(x, channels), cov = empty_vector(x, channels * channels);
   Call call(x);
-  call.done(covariance(dtype_of(x), activation(call, x, scale, shift, relu), tf32, call.out<float>(means, "means"),
+  call.done(covariance(dtype_of(x), activation(call, x, scale, shift, relu), tf32, call.out<float>(sums, "sums"),
                        call.part<float>(squares, "squares"), call.out<float>(mean, "mean"), call.out<float>(cov, "cov"),
                        rows, even(x), call.stream()));
   return {mean, cov.view({channels, channels})};
@@ -219,10 +220,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products_op(
   check_beside(x, "x", dout, x.size(1));
   check_vector(mean, "mean", x, x.size(1));
   const int64_t outer = dout.size(1), inner = x.size(1), rows = row_count(x);
-  const int64_t shares = product_shares(rows, int(outer), int(inner));
+  const bool aligned = g.even() && even(x);
+  const int64_t shares = expand_shares(dtype_of(x), rows, int(outer), int(inner), aligned, wg.has_value());
   const at::Tensor products = empty_vector(x, shares * outer * inner), sums = empty_vector(x, shares * outer);
   const at::Tensor result = empty_vector(x, outer * inner), total = empty_vector(x, outer);
-  const bool aligned = g.even() && even(x);
   if (wg) {
     TORCH_CHECK(wg->scalar_type() == x.scalar_type() && wg->dim() == 2 && wg->size(0) == outer && wg->size(1) == inner &&
                     wg->is_contiguous() && wg->device() == x.device(),

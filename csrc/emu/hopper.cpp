@@ -149,7 +149,7 @@ void start_wgmma(const std::shared_ptr<WgmmaOp>& op, const void* pc) {
   if (!op->thread[0].a_in_regs) read(op->a_desc, op->a_transposed, 64);
 }
 
-// m64nNk16 of bfloat16, once somebody waits for it: products exact, one rounding.
+// m64nNk16 of bfloat16, once somebody waits for it.
 void run_wgmma(WgmmaOp& op) {
   if (op.done) return;
   op.done = true;
@@ -179,9 +179,8 @@ void run_wgmma(WgmmaOp& op) {
     const float* const before = op.previous ? op.previous->thread[t].acc : acc;
     for (int i = 0; i < op.n / 2; ++i) {
       const int m = t / 32 * 16 + t % 32 / 4 + (i >> 1 & 1) * 8, n = i / 4 * 8 + t % 4 * 2 + (i & 1);
-      double sum = op.accumulate ? before[i] : 0.0;
-      for (int k = 0; k < 16; ++k) sum += double(a[m * 16 + k]) * double(b[n * 16 + k]);
-      acc[i] = float(sum);
+      const auto product = [&](int k) { return double(a[m * 16 + k]) * double(b[n * 16 + k]); };
+      acc[i] = matrix_sum(16, op.accumulate ? before[i] : 0.0, product);
     }
   }
   ++g.n_mma;

@@ -3,6 +3,8 @@
 // One fiber per CUDA thread, one block at a time. fibers.cpp runs them, memory.cpp checks what they access, warp.cpp
 // and hopper.cpp are the instructions, api.cpp is what tests call. Compiled without any sanitizer.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <deque>
 #include <map>
 #include <memory>
@@ -177,6 +179,24 @@ char* smem_pointer(uint32_t address);
 
 inline float bf16(uint32_t v) { return __bfloat162float({uint16_t(v)}); }
 inline float f16(uint32_t v) { return __half2float({uint16_t(v)}); }
+// The sum of a matrix unit's exact products and the value that they are added to: each is cut toward zero one bit below the
+// last of the largest, and their sum to float32. So does an A100; an H100 keeps one bit more.
+template <class Term>
+float matrix_sum(int products, double before, const Term& term) {
+  double largest = std::fabs(before), sum = before;
+  for (int k = 0; k < products; ++k) {
+    const double t = term(k);
+    largest = std::max(largest, std::fabs(t)), sum += t;
+  }
+  if (largest == 0.0 || !std::isfinite(sum)) return float(sum);
+  const double last = std::ldexp(1.0, 24 - std::ilogb(largest));
+  int64_t units = int64_t(before * last);
+  for (int k = 0; k < products; ++k) units += int64_t(term(k) * last);
+  const double kept = double(units) / last;
+  const float nearest = float(kept);
+  const bool up = std::isfinite(nearest) && std::fabs(double(nearest)) > std::fabs(kept);
+  return up ? std::nextafterf(nearest, 0.0f) : nearest;
+}
 
 }  // namespace emu
 #pragma GCC visibility pop

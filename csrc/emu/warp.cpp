@@ -77,13 +77,10 @@ void mma_fn(void* const* args, uint32_t mask) {
   }
   float out[16][8];
   for (int m = 0; m < 16; ++m) {
-    double sum[8] = {};  // products exact, one rounding per instruction
-    for (int k = 0; k < k_size; ++k) {
-      for (int n = 0; n < 8; ++n) sum[n] += double(a[m][k]) * double(b[k][n]);
-    }
     for (int n = 0; n < 8; ++n) {
       const auto& x = *static_cast<MmaArg*>(args[m % 8 * 4 + n / 2]);
-      out[m][n] = float(sum[n] + double(x.c[n % 2 + 2 * (m / 8)]));
+      const auto product = [&](int k) { return double(a[m][k]) * double(b[k][n]); };
+      out[m][n] = matrix_sum(k_size, x.c[n % 2 + 2 * (m / 8)], product);
     }
   }
   for (int l = 0; l < 32; ++l) {

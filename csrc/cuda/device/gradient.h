@@ -26,13 +26,14 @@ struct GradientRaw {
 };
 
 template <class T, bool kWhole>
-DEVICE_FN GradientRaw<T> load_gradient(const Gradient& g, int64_t row, int first) {
+DEVICE_FN GradientRaw<T> load_gradient(const Gradient& g, int row, int first) {
   GradientRaw<T> raw;
   const int left = g.channels - first;
-  raw.dout = load_raw<kWhole>(static_cast<const T*>(g.dout) + row * g.channels + first, left);
-  if (g.z != nullptr) raw.z = load_raw<kWhole>(static_cast<const T*>(g.z) + row * g.channels + first, left);
-  raw.bits = g.mask != nullptr ? g.mask[row * ((g.channels + 7) / 8) + first / 8] : uint8_t(0xff);
-  raw.weight = g.row_scale != nullptr ? g.factor * g.row_scale[row / g.pixels] : g.factor;
+  const int64_t at = int64_t(row) * g.channels + first;
+  raw.dout = load_raw<kWhole>(static_cast<const T*>(g.dout) + at, left);
+  if (g.z != nullptr) raw.z = load_raw<kWhole>(static_cast<const T*>(g.z) + at, left);
+  raw.bits = g.mask != nullptr ? g.mask[int64_t(row) * ((g.channels + 7) / 8) + first / 8] : uint8_t(0xff);
+  raw.weight = g.row_scale != nullptr ? g.factor * g.row_scale[sample_of(row, g.pixels)] : g.factor;
   return raw;
 }
 
@@ -41,14 +42,17 @@ template <class T>
 DEVICE_FN void masked_values(
     float (&dy)[kVector], const Gradient& g, const GradientRaw<T>& raw, const GradientVectors& vectors) {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    float v = raw.bits >> i & 1 ? to_float(raw.dout.v[i]) : 0.0f;
-    if (raw.weight != 1.0f) v = v * raw.weight;
-    if (g.shift != nullptr) {
+  for (int i = 0; i < kVector; ++i) dy[i] = raw.bits >> i & 1 ? to_float(raw.dout.v[i]) : 0.0f;
+  if (raw.weight != 1.0f) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) dy[i] = dy[i] * raw.weight;
+  }
+  if (g.shift != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
       const float y = affine(to_float(raw.z.v[i]), vectors.scale[i], vectors.shift[i]);
-      if (rounded<T>(y) <= 0.0f) v = 0.0f;
+      if (rounded<T>(y) <= 0.0f) dy[i] = 0.0f;
     }
-    dy[i] = v;
   }
 }
 
@@ -57,11 +61,14 @@ template <class T>
 DEVICE_FN void gradient_values(
     float (&v)[kVector], const Gradient& g, const GradientRaw<T>& raw, const GradientVectors& vectors) {
   masked_values(v, g, raw, vectors);
+  if (g.slope != nullptr) {
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if (g.slope != nullptr)
+    for (int i = 0; i < kVector; ++i)
       v[i] = v[i] - vectors.mean_dy[i] - (to_float(raw.z.v[i]) - vectors.mean[i]) * vectors.slope[i];
-    if (g.scale != nullptr) v[i] = v[i] * vectors.scale[i];
+  }
+  if (g.scale != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = v[i] * vectors.scale[i];
   }
 }
 

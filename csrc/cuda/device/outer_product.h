@@ -1,9 +1,9 @@
-// A tile of left.T @ right, summed over a share of the rows: 64 x 64 values a block of four warps, 32 x 32 each, with
-// float32 sums: on the matrix units in 16 bits and tf32, by fused multiply-adds in float32.
+// A tile of left.T @ right, summed over a share of the rows, with float32 sums: on the matrix units in 16 bits and tf32, by
+// fused multiply-adds in float32.
 //
-// Rows come in steps of 4 KiB through a ring of three stages: raw values by asynchronous copies, two steps ahead; then
-// each thread replaces the chunks that it copied itself by the recipe's values, and all warps read both tiles transposed,
-// since the summed dimension is their slow one. A thread adds up its own columns on the way.
+// Rows come in steps through a ring of stages: raw values by asynchronous copies, some steps ahead; then each thread
+// replaces the chunks that it copied itself by the recipe's values, and all warps read both tiles transposed, since the
+// summed dimension is their slow one. The sums of the left tile's columns come on the way.
 #pragma once
 
 #include "gradient.h"
@@ -11,21 +11,20 @@
 
 namespace resfuse::cuda::outer {
 
-constexpr int kTile = 64, kStages = 3, kBlock = 128;
-constexpr int kChunks = kTile / kVector;         // of eight channels, in a row of a tile
-constexpr int kTileBytes = 4096, kStageBytes = 2 * kTileBytes, kSharedBytes = kStages * kStageBytes;
-
 DEVICE_FN int lane() { return int(threadIdx.x) & 31; }
-DEVICE_FN int warp_row() { return (int(threadIdx.x) >> 5 & 1) * 32; }
-DEVICE_FN int warp_column() { return (int(threadIdx.x) >> 6) * 32; }
 
-// A thread's 32 sums as mma.sync has them: value n is of row(n) and column(n) of the tile.
+// A warp's sums as mma.sync has them: kM x kN fragments of 16 x 8 a warp, of kWarpsDown warps one below the other. Value n
+// of a thread is of row(n) and column(n) of the tile.
+template <int kM, int kN, int kWarpsDown>
 struct MatrixSums {
-  float v[2][4][4] = {};
+  static constexpr int kCount = kM * kN * 4;
+  float v[kM][kN][4] = {};
 
-  DEVICE_MEMBER float at(int n) const { return v[n / 16][n / 4 % 4][n % 4]; }
-  static DEVICE_MEMBER int row(int n) { return warp_row() + n / 16 * 16 + (lane() >> 2) + (n % 4 >> 1) * 8; }
-  static DEVICE_MEMBER int column(int n) { return warp_column() + n / 4 % 4 * 8 + (lane() & 3) * 2 + (n & 1); }
+  static DEVICE_MEMBER int warp_row() { return (int(threadIdx.x) >> 5) % kWarpsDown * kM * 16; }
+  static DEVICE_MEMBER int warp_column() { return (int(threadIdx.x) >> 5) / kWarpsDown * kN * 8; }
+  DEVICE_MEMBER float at(int n) const { return v[n / 4 / kN][n / 4 % kN][n % 4]; }
+  static DEVICE_MEMBER int row(int n) { return warp_row() + n / 4 / kN * 16 + (lane() >> 2) + (n % 4 >> 1) * 8; }
+  static DEVICE_MEMBER int column(int n) { return warp_column() + n / 4 % kN * 8 + (lane() & 3) * 2 + (n & 1); }
 };
 
 DEVICE_FN void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
@@ -35,57 +34,154 @@ DEVICE_FN void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
   mma_m16n8k16_f16(d, a, b);
 }
 
-// How a product is taken: Storage and what of a value it reads, rows a step, where a tile has 16 bytes of a row, and the
-// sums that a step adds to.
+// How a product is taken: Storage and what of a value it reads, the tile (kLeft x kRight), its threads, rows a step and
+// stages, where a tile has 16 bytes of a row, and the sums that a step adds to.
 
 // 16 bits: uncentred, since a centred value would have to be rounded again.
-template <class T>
+//
+// The matrix units cut off what they cannot hold, which in a long sum of values of one sign adds up. kApart: products of 32
+// rows are summed by themselves, and added to the others rounding to nearest.
+template <class T, int kOfLeft, int kOfRight, int kDown, int kRowsAStep, int kRing, bool kApart>
 struct Short {
   using Storage = T;
-  using Sums = MatrixSums;
-  static constexpr int kStep = 32;
+  static constexpr int kLeft = kOfLeft, kRight = kOfRight, kStep = kRowsAStep, kStages = kRing;
+  static constexpr int kThreads = 256, kBlocks = 2;
+  static constexpr int kWarpsDown = kDown, kWarpsAcross = kThreads / 32 / kDown;
+  static constexpr int kM = kLeft / kDown / 16, kN = kRight / kWarpsAcross / 8;
   static constexpr bool kCentred = false;
 
-  static DEVICE_MEMBER float read(float value, float, bool) { return value; }
+  using Sums = MatrixSums<kM, kN, kDown>;
 
-  // Words of a row are permuted by the row, so that eight rows of one column lie in different banks.
-  static DEVICE_MEMBER int offset(int row, int word) { return row * 128 + ((word ^ row) & 7) * 16; }
+  // 64 columns after the other. Words of a row are permuted by the row, so that eight rows of one column lie in
+  // different banks.
+  static DEVICE_MEMBER int offset(int row, int word) {
+    return word / 8 * (kStep * 128) + row * 128 + ((word ^ row) & 7) * 16;
+  }
 
-  static DEVICE_MEMBER void add(Sums& sums, const unsigned char* left, const unsigned char* right) {
-    const uint32_t of_left = smem_address(left), of_right = smem_address(right);
+  static DEVICE_MEMBER int warp_across() { return (int(threadIdx.x) >> 5) / kDown; }
+
+  // Where a lane's first rows of the fragments lie: two words on is another bit of the address, 16 rows on a sum.
+  static DEVICE_MEMBER uint32_t of_left(const unsigned char* tile) {
+    return smem_address(tile) + offset((lane() >> 4) * 8 + (lane() & 7), Sums::warp_row() / 8 + (lane() >> 3 & 1));
+  }
+  static DEVICE_MEMBER uint32_t of_right(const unsigned char* tile) {
+    return smem_address(tile) + offset(lane() & 15, Sums::warp_column() / 8 + (lane() >> 4));
+  }
+
+  // d += the products of kRows rows and the right tile's kFragments fragments from the first on.
+  template <int kRows, int kFragments>
+  static DEVICE_MEMBER void add(float (&d)[kM][kFragments][4], uint32_t left, uint32_t right, int first) {
 #pragma unroll
-    for (int k = 0; k < kStep / 16; ++k) {
-      uint32_t a[2][4], b[2][4];
+    for (int k = 0; k < kRows / 16; ++k) {
+      uint32_t a[kM][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        ldmatrix_x4_trans(a[i], of_left + offset(k * 16 + (lane() >> 4) * 8 + (lane() & 7),
-                                                 (warp_row() + i * 16) / 8 + ((lane() >> 3) & 1)));
-        ldmatrix_x4_trans(b[i], of_right + offset(k * 16 + (lane() & 15), (warp_column() + i * 16) / 8 + (lane() >> 4)));
-      }
+      for (int i = 0; i < kM; ++i) ldmatrix_x4_trans(a[i], (left ^ i * 32) + k * 2048);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int j = 0; j < kFragments; j += 2) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, (right ^ (first + j) * 16) + k * 2048);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint32_t of_column[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          multiply(sums.v[i][j], a[i], of_column, T{});
-        }
+        for (int i = 0; i < kM; ++i)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint32_t of_column[2] = {b[h * 2], b[h * 2 + 1]};
+            multiply(d[i][j + h], a[i], of_column, T{});
+          }
       }
     }
+  }
+
+  // A step's sums of the left tile's columns, as products with ones; one thread adds each to total [kLeft].
+  static DEVICE_MEMBER void add_columns(float* total, uint32_t left) {
+    const uint32_t one = pack(1.0f, 1.0f, T{}), ones[2] = {one, one};
+#pragma unroll
+    for (int n = 0; n < (kM + kWarpsAcross - 1) / kWarpsAcross; ++n) {
+      const int i = n * kWarpsAcross + warp_across();
+      if (i >= kM) return;
+      float d[4] = {};
+#pragma unroll
+      for (int k = 0; k < kStep / 16; ++k) {
+        uint32_t a[4];
+        ldmatrix_x4_trans(a, (left ^ i * 32) + k * 2048);
+        multiply(d, a, ones, T{});
+      }
+      float* const of_fragment = total + Sums::warp_row() + i * 16 + (lane() >> 2);
+      if ((lane() & 3) == 0) of_fragment[0] += d[0], of_fragment[8] += d[2];
+    }
+  }
+
+  // total: what the sums of the left tile's columns are added to, unless null.
+  static DEVICE_MEMBER void add(Sums& sums, const unsigned char* left, const unsigned char* right, float* total) {
+    const uint32_t l = of_left(left), r = of_right(right);
+    if (total != nullptr) add_columns(total, l);
+    if constexpr (kApart) {
+      constexpr int kPart = kM * kN > 8 ? kN / 2 : kN;
+#pragma unroll
+      for (int k = 0; k < kStep / 16; k += 2) {
+#pragma unroll
+        for (int first = 0; first < kN; first += kPart) {
+          float part[kM][kPart][4] = {};
+          add<32>(part, l + k * 2048, r + k * 2048, first);
+#pragma unroll
+          for (int i = 0; i < kM; ++i)
+#pragma unroll
+            for (int j = 0; j < kPart; ++j)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) sums.v[i][first + j][e] += part[i][j][e];
+        }
+      }
+    } else {
+      add<kStep>(sums.v, l, r, 0);
+    }
+  }
+
+  // f(column, sum, pivot) for each of the left tile's columns, in one thread each.
+  template <class Left, class F>
+  static DEVICE_MEMBER void each_column(const float* total, const Left&, unsigned char*, const F& f) {
+    __syncthreads();
+    const int column = int(threadIdx.x);
+    if (column < kLeft) f(column, total[column], 0.0f);
   }
 };
 
 // float32, about a pivot: it keeps the digits that sums of uncentred products lose.
 struct Wide {
   using Storage = float;
-  static constexpr int kStep = 16;
+  static constexpr int kLeft = 64, kRight = 64, kStep = 16, kStages = 3, kThreads = 128, kBlocks = 3;
   static constexpr bool kCentred = true;
 
   // Permuted so that eight even words, eight words in line, and four rows of two words lie in different banks.
   static DEVICE_MEMBER int offset(int row, int word) { return row * 256 + (word ^ (word >> 3 & 1) ^ (row & 3) * 2) * 16; }
+
+  // Each thread has the sums of its chunk's columns over its own rows; they are added in thread order, in the stages.
+  template <class Left, class F>
+  static DEVICE_MEMBER void each_column(const float*, const Left& left, unsigned char* smem, const F& f) {
+    float* const total = add_columns(left, reinterpret_cast<float*>(smem));
+    if (left.row != 0) return;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) f(left.chunk * kVector + j, total[left.chunk * kVector + j], left.pivot[j]);
+  }
+
+  // total[kLeft]: the sum of each of the tile's columns over the block's threads, valid for all threads.
+  template <class Of>
+  static DEVICE_MEMBER float* add_columns(const Of& chunks, float* scratch) {
+    float* const total = scratch + Of::kApart * kLeft;
+    __syncthreads();  // the stages have been read
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) scratch[chunks.row * kLeft + chunks.chunk * kVector + j] = chunks.sums[j];
+    __syncthreads();
+    if (int(threadIdx.x) < kLeft) {
+      float sum = 0.0f;
+      for (int r = 0; r < Of::kApart; ++r) sum += scratch[r * kLeft + int(threadIdx.x)];
+      total[int(threadIdx.x)] = sum;
+    }
+    __syncthreads();
+    return total;
+  }
 };
 
 struct Tf32 : Wide {
-  using Sums = MatrixSums;
+  using Sums = MatrixSums<2, 4, 2>;
 
   static DEVICE_MEMBER float read(float value, float pivot, bool) { return __uint_as_float(round_tf32(value - pivot)); }
 
@@ -93,17 +189,17 @@ struct Tf32 : Wide {
     return *reinterpret_cast<const uint32_t*>(tile + offset(row, column / 4) + column % 4 * 4);
   }
 
-  static DEVICE_MEMBER void add(Sums& sums, const unsigned char* left, const unsigned char* right) {
+  static DEVICE_MEMBER void add(Sums& sums, const unsigned char* left, const unsigned char* right, float*) {
 #pragma unroll
     for (int step = 0; step < kStep / 8; ++step) {
-      const int k = step * 8 + (lane() & 3);
+      const int k = step * 8 + (lane() & 3), row = Sums::warp_row(), column = Sums::warp_column() + (lane() >> 2);
       uint32_t a[2][4], b[4][2];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) a[i][r] = word(left, k + (r >> 1) * 4, warp_row() + i * 16 + (lane() >> 2) + (r & 1) * 8);
+        for (int i = 0; i < 2; ++i) a[i][r] = word(left, k + (r >> 1) * 4, row + i * 16 + (lane() >> 2) + (r & 1) * 8);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) b[r][h] = word(right, k + h * 4, warp_column() + r * 8 + (lane() >> 2));
+        for (int h = 0; h < 2; ++h) b[r][h] = word(right, k + h * 4, column + r * 8);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i)
@@ -115,11 +211,12 @@ struct Tf32 : Wide {
 
 // A thread has 8 x 4 values.
 struct ExactSums {
+  static constexpr int kCount = 32;
   float v[8][4] = {};
 
   DEVICE_MEMBER float at(int n) const { return v[n / 4][n % 4]; }
-  static DEVICE_MEMBER int row(int n) { return warp_row() + (lane() >> 3) * 8 + n / 4; }
-  static DEVICE_MEMBER int column(int n) { return warp_column() + (lane() & 7) * 4 + n % 4; }
+  static DEVICE_MEMBER int row(int n) { return (int(threadIdx.x) >> 5 & 1) * 32 + (lane() >> 3) * 8 + n / 4; }
+  static DEVICE_MEMBER int column(int n) { return (int(threadIdx.x) >> 6) * 32 + (lane() & 7) * 4 + n % 4; }
 };
 
 struct Exact : Wide {
@@ -135,7 +232,9 @@ struct Exact : Wide {
     memcpy(v, &word, sizeof(word));
   }
 
-  static DEVICE_MEMBER void add(Sums& sums, const unsigned char* left, const unsigned char* right) {
+  // A step's products are summed by themselves: a sum of as many rounds less often.
+  static DEVICE_MEMBER void add(Sums& sums, const unsigned char* left, const unsigned char* right, float*) {
+    float part[8][4] = {};
 #pragma unroll 4
     for (int k = 0; k < kStep; ++k) {
       float a[8], b[4];
@@ -145,88 +244,161 @@ struct Exact : Wide {
 #pragma unroll
       for (int i = 0; i < 8; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums.v[i][j] = __fmaf_rn(a[i], b[j], sums.v[i][j]);
+        for (int j = 0; j < 4; ++j) part[i][j] = __fmaf_rn(a[i], b[j], part[i][j]);
     }
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums.v[i][j] += part[i][j];
   }
 };
 
-// f called with how products of a type of 16 bits are taken.
-template <class F>
-int with_short(DType dtype, const F& f) {
-  return dtype == DType::kBFloat16 ? f(Short<__nv_bfloat16>{}) : f(Short<__half>{});
-}
-
-// An activation's columns: act(scale * x + shift), rounded.
-template <class T>
+// An activation's columns: act(scale * x + shift), rounded; 0 beyond the last. Its vectors lie in shared memory, kWidth of
+// scale and then of shift, so that they take registers only where they are used.
+template <class T, int kWidth>
 struct ActivationTile {
-  Rows x;
-  bool recipe;
-  float bound, scale[kVector], shift[kVector];
+  struct Vectors {
+    float scale[kVector], shift[kVector];
+  };
 
-  DEVICE_MEMBER ActivationTile(const Activation& a, int first) : x(a.x), recipe(a.scale != nullptr), bound(lower_bound(a.relu)) {
-    load_vector(scale, a.scale, first, a.x.channels, 1.0f);
-    load_vector(shift, a.shift, first, a.x.channels, 0.0f);
+  Rows x;
+  int first;
+  bool recipe;
+  float bound;
+  const float* beside;
+  const T* at;
+
+  // vectors [2 * kWidth]: may be read after the block's next barrier.
+  DEVICE_MEMBER ActivationTile(const Activation& a, int column, int chunk, float* vectors)
+      : x(a.x), first(column + chunk * kVector), recipe(a.scale != nullptr), bound(lower_bound(a.relu)),
+        beside(vectors + chunk * kVector) {
+    const int c = int(threadIdx.x);
+    if (!recipe || c >= kWidth) return;
+    vectors[c] = column + c < x.channels ? a.scale[column + c] : 1.0f;
+    vectors[kWidth + c] = a.shift != nullptr && column + c < x.channels ? a.shift[column + c] : 0.0f;
   }
-  DEVICE_MEMBER const T* row(int64_t index) const { return row_of<T>(x, index); }
   DEVICE_MEMBER int channels() const { return x.channels; }
-  DEVICE_MEMBER void beside(int64_t, int, uint8_t& bits, float& weight) const { bits = 0xff, weight = 1.0f; }
-  DEVICE_MEMBER float value(float v, int i, uint8_t, float) const {
-    return recipe ? clamp_below(affine(v, scale[i], shift[i]), bound) : v;
+
+  // The row that is read next: `index`, which is counted here as well, since most are `rows` below the one before.
+  DEVICE_MEMBER void begin(int index) { at = static_cast<const T*>(x.data) + int64_t(index) * x.channels + first; }
+  DEVICE_MEMBER void advance(int rows) { at += rows * x.channels; }
+  DEVICE_MEMBER const T* row(int index) const {
+    return x.view.pixels == 0 ? at : row_of<T>(x, index) + first;
+  }
+  DEVICE_MEMBER const T* mapped() const { return static_cast<const T*>(x.data); }
+
+  DEVICE_MEMBER void advance_bits(int) {}
+  DEVICE_MEMBER uint8_t bits() const { return 0xff; }
+  DEVICE_MEMBER float weight(int) const { return 1.0f; }
+  DEVICE_MEMBER bool changes() const { return recipe; }
+  DEVICE_MEMBER Vectors vectors() const {
+    Vectors v = {};
+    if (!recipe) return v;
+    const uint4* const from = reinterpret_cast<const uint4*>(beside);
+    const uint4 words[4] = {from[0], from[1], from[kWidth / 4], from[kWidth / 4 + 1]};
+    memcpy(&v, words, sizeof(v));
+    return v;
+  }
+  DEVICE_MEMBER float value(float v, int i, const Vectors& by, uint32_t, float) const {
+    return recipe ? at_least(affine(v, by.scale[i], by.shift[i]), bound) : v;
+  }
+  DEVICE_MEMBER void change(uint32_t (&words)[4], const Vectors& by, uint32_t, float) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack(words[i], T{});
+      words[i] = pack(value(x.x, i * 2, by, 0, 0.0f), value(x.y, i * 2 + 1, by, 0, 0.0f), T{});
+    }
   }
 };
 
 // A gradient's columns below its mask.
 template <class T>
 struct GradientTile {
-  const Gradient& g;
+  struct Vectors {};
 
-  DEVICE_MEMBER GradientTile(const Gradient& given, int) : g(given) {}
-  DEVICE_MEMBER const T* row(int64_t index) const { return static_cast<const T*>(g.dout) + index * g.channels; }
+  const Gradient& g;
+  int first;
+  const T* at;
+  const uint8_t* mask;
+
+  DEVICE_MEMBER GradientTile(const Gradient& given, int column, int chunk, float*)
+      : g(given), first(column + chunk * kVector) {}
   DEVICE_MEMBER int channels() const { return g.channels; }
-  DEVICE_MEMBER void beside(int64_t index, int first, uint8_t& bits, float& weight) const {
-    bits = g.mask != nullptr ? g.mask[index * ((g.channels + 7) / 8) + first / 8] : uint8_t(0xff);
-    weight = g.row_scale != nullptr ? g.factor * g.row_scale[index / g.pixels] : g.factor;
+  DEVICE_MEMBER void begin(int index) {
+    at = static_cast<const T*>(g.dout) + int64_t(index) * g.channels + first;
+    mask = g.mask + int64_t(index) * ((g.channels + 7) / 8) + first / 8;
   }
-  DEVICE_MEMBER float value(float v, int i, uint8_t bits, float weight) const {
+  DEVICE_MEMBER void advance(int rows) { at += rows * g.channels; }
+  DEVICE_MEMBER void advance_bits(int rows) { mask += rows * ((g.channels + 7) / 8); }
+  DEVICE_MEMBER const T* row(int) const { return at; }
+  DEVICE_MEMBER const T* mapped() const { return static_cast<const T*>(g.dout); }
+
+  DEVICE_MEMBER uint8_t bits() const { return g.mask != nullptr ? *mask : uint8_t(0xff); }
+  DEVICE_MEMBER float weight(int index) const {
+    return g.row_scale != nullptr ? g.factor * g.row_scale[sample_of(index, g.pixels)] : g.factor;
+  }
+  DEVICE_MEMBER bool changes() const { return g.mask != nullptr || g.row_scale != nullptr || g.factor != 1.0f; }
+  DEVICE_MEMBER Vectors vectors() const { return {}; }
+  DEVICE_MEMBER float value(float v, int i, const Vectors&, uint32_t bits, float weight) const {
     v = bits >> i & 1 ? v : 0.0f;
     return weight != 1.0f ? v * weight : v;
   }
+  // Masked as they are stored: few gradients have a weight.
+  DEVICE_MEMBER void change(uint32_t (&words)[4], const Vectors&, uint32_t bits, float weight) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      words[i] &= (bits >> i * 2 & 1 ? 0x0000ffffu : 0u) | (bits >> (i * 2 + 1) & 1 ? 0xffff0000u : 0u);
+    if (weight == 1.0f) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack(words[i], T{});
+      words[i] = pack(x.x * weight, x.y * weight, T{});
+    }
+  }
 };
 
-// What of a tile is a thread's, of kThreads: eight columns of every kApart-th row, and what lies beside their values.
-template <class Math, class Tile, bool kWhole, int kThreads = kBlock>
+// What of a tile of kWidth columns is a thread's: eight columns of every kApart-th row, and their mask.
+template <class Math, class Tile, bool kWhole, int kWidth>
 struct Chunks {
   using T = typename Math::Storage;
-  static constexpr int kApart = kThreads / kChunks, kMine = Math::kStep / kApart, kWords = kVector * sizeof(T) / 16;
+  static constexpr int kChunks = kWidth / kVector, kApart = Math::kThreads / kChunks, kMine = Math::kStep / kApart;
+  static constexpr int kWords = kVector * sizeof(T) / 16, kBytes = Math::kStep * kWidth * int(sizeof(T));
 
-  const Tile& tile;
-  int first, row, chunk;
+  Tile tile;
+  int row, chunk;
   bool tf32 = false;
-  uint8_t bits[kMine] = {}, later[kMine] = {};  // of the step that is next, and of the one after it
-  float weight[kMine] = {}, later_weight[kMine] = {};
+  uint8_t bits[kMine];     // of the step that is next: on their way
   float pivot[kVector] = {};
-  float sums[kVector] = {};  // of values less their pivots
+  float sums[kVector] = {};  // of values less their pivots, in float32
 
-  DEVICE_MEMBER Chunks(const Tile& of, int column)
-      : tile(of), row(int(threadIdx.x) / kChunks), chunk(int(threadIdx.x) % kChunks) {
-    first = column + chunk * kVector;
-  }
+  template <class Of>
+  DEVICE_MEMBER Chunks(const Of& of, int column, float* vectors)
+      : tile(of, column, int(threadIdx.x) % kChunks, vectors), row(int(threadIdx.x) / kChunks),
+        chunk(int(threadIdx.x) % kChunks) {}
 
   DEVICE_MEMBER unsigned char* place(unsigned char* in, int i, int word) const {
     return in + Math::offset(row + i * kApart, chunk * kWords + word);
   }
 
-  // Asks for the values of a step; every thread commits afterwards.
-  DEVICE_MEMBER void load(unsigned char* to, int64_t begin, int64_t end) {
-    const int left = tile.channels() - first;
+  DEVICE_MEMBER void begin(int index) { tile.begin(index + row); }
+
+  // Asks for the mask of the step that is prepared next, `inside` rows.
+  DEVICE_MEMBER void load_bits(int inside) {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      const int64_t index = begin + row + i * kApart;
-      const bool valid = index < end && left > 0;
-      bits[i] = later[i], weight[i] = later_weight[i];
-      later[i] = 0, later_weight[i] = 1.0f;
-      if (valid) tile.beside(index, first, later[i], later_weight[i]);
-      const T* const from = tile.row(valid ? index : 0) + (left > 0 ? first : 0);
+      bits[i] = row + i * kApart < inside && tile.first < tile.channels() ? tile.bits() : uint8_t(0);
+      tile.advance_bits(kApart);
+    }
+  }
+
+  // Asks for the values of the next step, `inside` rows from `index` on; every thread commits afterwards.
+  DEVICE_MEMBER void load(unsigned char* to, int index, int inside) {
+    const int left = tile.channels() - tile.first;
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const bool valid = row + i * kApart < inside && left > 0;
+      const T* const from = valid ? tile.row(index + row + i * kApart) : tile.mapped();
+      tile.advance(kApart);
       if constexpr (kWhole) {
 #pragma unroll
         for (int w = 0; w < kWords; ++w) cp_async_16(smem_address(place(to, i, w)), from + w * (16 / sizeof(T)), valid);
@@ -236,24 +408,39 @@ struct Chunks {
     }
   }
 
-  // Replaces what has come by the recipe's values as the product reads them; 0 beyond the last row and column.
-  DEVICE_MEMBER void prepare(unsigned char* in, int64_t begin, int64_t end) {
+  // Replaces what has come by the recipe's values as the product reads them; 0 beyond the last row.
+  DEVICE_MEMBER void prepare(unsigned char* in, int index, int inside) {
+    if (!Math::kCentred && !tile.changes()) return;
+    const auto vectors = tile.vectors();
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      uint4 words[kWords];
+      const bool valid = row + i * kApart < inside;
+      const float weight = valid ? tile.weight(index + row + i * kApart) : 1.0f;
+      uint32_t words[kWords][4];
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) words[w] = *reinterpret_cast<const uint4*>(place(in, i, w));
-      Raw<T> raw;
-      memcpy(&raw, words, sizeof(raw));
-      const bool valid = begin + row + i * kApart < end;
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) {
-        const bool inside = valid && first + j < tile.channels();
-        const float value = inside ? tile.value(to_float(raw.v[j]), j, bits[i], weight[i]) : 0.0f;
-        raw.v[j] = Stored<T>::from(inside ? Math::read(value, pivot[j], tf32) : 0.0f);
-        sums[j] += to_float(raw.v[j]);
+      for (int w = 0; w < kWords; ++w) {
+        const uint4 word = *reinterpret_cast<const uint4*>(place(in, i, w));
+        memcpy(words[w], &word, sizeof(word));
       }
-      put(in, i, raw);
+      if constexpr (Math::kCentred) {
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) {
+          const float value = tile.value(__uint_as_float(words[c / 4][c % 4]), c, vectors, bits[i], weight);
+          const float read = valid ? Math::read(value, pivot[c], tf32) : 0.0f;
+          words[c / 4][c % 4] = __float_as_uint(read);
+          sums[c] += read;
+        }
+      } else {
+        tile.change(words[0], vectors, bits[i], weight);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) words[0][j] = valid ? words[0][j] : 0u;
+      }
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        uint4 word;
+        memcpy(&word, words[w], sizeof(word));
+        *reinterpret_cast<uint4*>(place(in, i, w)) = word;
+      }
     }
   }
 
@@ -265,60 +452,76 @@ struct Chunks {
   }
 };
 
-// both: whether the right tile is one of its own, and not the left one again.
-template <class Math, class Left, class Right>
-DEVICE_FN void add_rows(
-    typename Math::Sums& sums, unsigned char* smem, Left& left, Right& right, int64_t begin, int64_t end, bool both) {
-  constexpr int kStep = Math::kStep;
-  const auto load = [&](int64_t step) {
-    const int64_t at = begin + step * kStep;
-    unsigned char* const stage = smem + step % kStages * kStageBytes;
-    left.load(stage, at, end);
-    if (both) right.load(stage + kTileBytes, at, end);
+template <class Math>
+constexpr int kLeftBytes = Math::kStep * Math::kLeft * int(sizeof(typename Math::Storage));
+template <class Math>
+constexpr int kStageBytes = kLeftBytes<Math> / Math::kLeft * (Math::kLeft + Math::kRight);
+
+// A share of the rows, step by step.
+template <class Math>
+struct Steps {
+  int begin, rows;
+
+  DEVICE_MEMBER Steps(int64_t share, int64_t each, int64_t all)
+      : begin(int(share * each)), rows(int(all - begin < each ? all - begin : each)) {}
+  DEVICE_MEMBER int count() const { return (rows + Math::kStep - 1) / Math::kStep; }
+  DEVICE_MEMBER int at(int step) const { return begin + step * Math::kStep; }
+  DEVICE_MEMBER int inside(int step) const {
+    const int left = rows - step * Math::kStep;
+    return left < Math::kStep ? left : Math::kStep;
+  }
+};
+
+struct Nothing {
+  DEVICE_MEMBER void operator()(const unsigned char*, int) const {}
+};
+
+// both: whether the right tile is one of its own, and not the left one again; total: where the
+// sums of the left one's columns are kept in 16 bits, null: nowhere; also(stage, step): what else is done with a step's values.
+template <class Math, class Left, class Right, class Also = Nothing>
+DEVICE_FN void add_rows(typename Math::Sums& sums, unsigned char* smem, Left& left, Right& right,
+                        const Steps<Math>& steps, bool both, float* total, const Also& also = {}) {
+  constexpr int kStages = Math::kStages, kRightAt = kLeftBytes<Math>;
+  left.begin(steps.begin);
+  if (both) right.begin(steps.begin);
+  const auto load = [&](unsigned char* stage, int step) {
+    left.load(stage, steps.at(step), steps.inside(step));
+    if (both) right.load(stage + kRightAt, steps.at(step), steps.inside(step));
     cp_async_commit();
   };
-  const int64_t steps = (end - begin + kStep - 1) / kStep;
-  load(0);
-  load(1);
-  for (int64_t step = 0; step < steps; ++step) {
-    cp_async_wait<1>();
-    unsigned char* const stage = smem + step % kStages * kStageBytes;
-    left.prepare(stage, begin + step * kStep, end);
-    if (both) right.prepare(stage + kTileBytes, begin + step * kStep, end);
+  const int count = steps.count();
+  for (int step = 0; step < kStages - 1; ++step) load(smem + step * kStageBytes<Math>, step);
+  left.load_bits(steps.inside(0));
+  int now = 0, next = kStages - 1;
+  for (int step = 0; step < count; ++step) {
+    cp_async_wait<kStages - 2>();
+    unsigned char* const stage = smem + now * kStageBytes<Math>;
+    left.prepare(stage, steps.at(step), steps.inside(step));
+    if (both) right.prepare(stage + kRightAt, steps.at(step), steps.inside(step));
     __syncthreads();  // the tiles are whole; and everybody has left the stage that is loaded next
-    load(step + 2);
-    Math::add(sums, stage, both ? stage + kTileBytes : stage);
+    load(smem + next * kStageBytes<Math>, step + kStages - 1);
+    left.load_bits(steps.inside(step + 1));
+    Math::add(sums, stage, both ? stage + kRightAt : stage, total);
+    also(stage, step);
+    next = now, now = now + 1 == kStages ? 0 : now + 1;
   }
   cp_async_wait<0>();
-}
-
-// The sum of each of the tile's columns over the block's threads, in thread order, in total[kTile]; scratch: the stages.
-template <class Of>
-DEVICE_FN void add_columns(float* total, float* scratch, const Of& chunks) {
-  __syncthreads();  // the stages have been read
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) scratch[chunks.row * kTile + chunks.chunk * kVector + j] = chunks.sums[j];
-  __syncthreads();
-  if (int(threadIdx.x) < kTile) {
-    float sum = 0.0f;
-    for (int r = 0; r < Of::kApart; ++r) sum += scratch[r * kTile + int(threadIdx.x)];
-    total[int(threadIdx.x)] = sum;
-  }
-  __syncthreads();
 }
 
 // Values are from here on about the mean of the first step's rows.
 template <class Math, class Of>
-DEVICE_FN void centre(Of& chunks, float* total, unsigned char* smem, int64_t begin, int64_t end) {
-  end = end - begin < Math::kStep ? end : begin + Math::kStep;
-  chunks.load(smem, begin, end);
+DEVICE_FN void centre(Of& chunks, unsigned char* smem, const Steps<Math>& steps) {
+  chunks.begin(steps.begin);
+  chunks.load(smem, steps.begin, steps.inside(0));
   cp_async_commit();
   cp_async_wait<0>();
-  chunks.prepare(smem, begin, end);
-  add_columns(total, reinterpret_cast<float*>(smem), chunks);
+  chunks.prepare(smem, steps.begin, steps.inside(0));
+  // In the last stage, which is not loaded before all have passed the first step's barrier.
+  unsigned char* const last = smem + (Math::kStages - 1) * kStageBytes<Math>;
+  const float* const total = Math::add_columns(chunks, reinterpret_cast<float*>(last)) + chunks.chunk * kVector;
 #pragma unroll
   for (int j = 0; j < kVector; ++j) {
-    chunks.pivot[j] = total[chunks.chunk * kVector + j] / float(end - begin);
+    chunks.pivot[j] = total[j] / float(steps.inside(0));
     chunks.sums[j] = 0.0f;
   }
 }

@@ -66,6 +66,17 @@ DEVICE_FN uint32_t round_tf32(float f) {
 #endif
 }
 
+// max(v, bound) that keeps NaN, and of the two zeros takes +0: resfuse::clamp_below as one instruction.
+DEVICE_FN float at_least(float v, float bound) {
+#ifdef __CUDACC__
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(v), "f"(bound));
+  return r;
+#else
+  return v <= bound ? bound : v;
+#endif
+}
+
 // ldmatrix: 8x8 matrices of 16-bit elements, lane l supplies row l%8 of matrix l/8.
 #ifdef __CUDACC__
 #define LDMATRIX(suffix, trans_)                                                                     \

@@ -19,17 +19,20 @@ namespace resfuse::cuda {
 constexpr int kVector = 8;                       // channels of a thread
 constexpr int kAcross = 8;                       // threads side by side: 128 bytes of a row in 16 bits
 constexpr int kThreads = 256, kDown = kThreads / kAcross;
-constexpr int kColumns = kVector * kAcross;      // channels of a block
+constexpr int kColumns = kVector * kAcross;      // channels of a block: launchers.h's kTileChannels
 
-// Where a row begins.
+// Where a row begins. Row numbers are ints (call.h checks it): 64 bits and their division cost registers.
 template <class T>
-DEVICE_FN const T* row_of(const Rows& rows, int64_t index) {
+DEVICE_FN const T* row_of(const Rows& rows, int index) {
   const T* const data = static_cast<const T*>(rows.data);
-  if (rows.view.pixels == 0) return data + index * rows.channels;
-  const int64_t in_sample = index % rows.view.pixels;
-  return data + index / rows.view.pixels * rows.view.sample + in_sample / rows.view.width * rows.view.line +
-         in_sample % rows.view.width * rows.view.pixel;
+  if (rows.view.pixels == 0) return data + int64_t(index) * rows.channels;
+  const unsigned sample = unsigned(index) / unsigned(rows.view.pixels), in_sample = unsigned(index) % unsigned(rows.view.pixels);
+  const unsigned line = in_sample / unsigned(rows.view.width), pixel = in_sample % unsigned(rows.view.width);
+  return data + sample * rows.view.sample + line * rows.view.line + pixel * rows.view.pixel;
 }
+
+// The sample that a row belongs to.
+DEVICE_FN unsigned sample_of(int index, int64_t pixels) { return unsigned(index) / unsigned(pixels); }
 
 DEVICE_FN float to_float(float v) { return v; }
 DEVICE_FN float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -51,6 +54,12 @@ template <class T>
 DEVICE_FN float rounded(float v) {
   return to_float(Stored<T>::from(v));
 }
+
+// Two values of 16 bits in a word.
+DEVICE_FN float2 unpack(uint32_t v, __nv_bfloat16) { return unpack_bf16x2(v); }
+DEVICE_FN float2 unpack(uint32_t v, __half) { return unpack_f16x2(v); }
+DEVICE_FN uint32_t pack(float low, float high, __nv_bfloat16) { return pack_bf16x2(low, high); }
+DEVICE_FN uint32_t pack(float low, float high, __half) { return pack_f16x2(low, high); }
 
 // Eight channels as they are stored: asked for early, converted when they are used.
 template <class T>
@@ -125,9 +134,25 @@ DEVICE_FN void store_pair(T* at, float low, float high) {
   *reinterpret_cast<uint32_t*>(at) = word;
 }
 
-// Rows that a thread asks for at once: one where each channel is a load of its own.
-template <bool kWhole>
-constexpr int kRows = kWhole ? 2 : 1;
+// Rows that a thread asks for at once, of kTensors: one where each channel is a load of its own.
+template <class T, bool kWhole, int kTensors = 1>
+constexpr int kRows = !kWhole ? 1 : sizeof(T) == 4 ? 2 : kTensors == 1 ? 4 : 3;
+
+// Eight values rounded as they are stored.
+DEVICE_FN Raw<float> to_raw(const float (&v)[kVector], float) {
+  Raw<float> raw;
+  memcpy(&raw, v, sizeof(raw));
+  return raw;
+}
+template <class T>
+DEVICE_FN Raw<T> to_raw(const float (&v)[kVector], T) {
+  uint32_t words[kVector / 2];
+#pragma unroll
+  for (int i = 0; i < kVector / 2; ++i) words[i] = pack(v[i * 2], v[i * 2 + 1], T{});
+  Raw<T> raw;
+  memcpy(&raw, words, sizeof(raw));
+  return raw;
+}
 
 // Eight values of a vector; absent ones and those beyond the last channel are `otherwise`.
 DEVICE_FN void load_vector(float (&v)[kVector], const float* at, int first, int channels, float otherwise) {
@@ -139,14 +164,14 @@ DEVICE_FN void load_vector(float (&v)[kVector], const float* at, int first, int 
 struct Place {
   int first;         // channel
   int across, down;  // thread in the block's grid
-  int64_t begin, end;
+  int begin, end;
 
   DEVICE_MEMBER Place(int64_t rows, int64_t rows_each)
       : first((int(blockIdx.x) * kAcross + int(threadIdx.x) % kAcross) * kVector),
         across(int(threadIdx.x) % kAcross),
         down(int(threadIdx.x) / kAcross),
-        begin(int64_t(blockIdx.y) * rows_each),
-        end(begin + rows_each < rows ? begin + rows_each : rows) {}
+        begin(int(blockIdx.y * rows_each)),
+        end(int(begin + rows_each < rows ? begin + rows_each : rows)) {}
 };
 
 inline int tiles(int channels) {

@@ -17,6 +17,7 @@ DEVICE_FN void add_threads(float* result, float* scratch, const float (&sums)[kC
     __syncthreads();
     if (tid < kColumns) {
       float total = 0.0f;
+#pragma unroll 8
       for (int d = 0; d < kDown; ++d) total += scratch[d * kColumns + tid];
       result[which * kColumns + tid] = total;
     }
@@ -24,8 +25,26 @@ DEVICE_FN void add_threads(float* result, float* scratch, const float (&sums)[kC
   }
 }
 
-// A block that merges the shares of kMergeChannels channels: each thread takes every kMergeLanes-th share in order, then
-// one thread of a channel adds up what they found.
-constexpr int kMergeChannels = 8, kMergeLanes = kThreads / kMergeChannels;
+// A block that merges the shares of kMergeChannels channels: each thread takes every kMergeLanes-th share in order.
+constexpr int kMergeThreads = 512, kMergeChannels = 8, kMergeLanes = kMergeThreads / kMergeChannels;
+
+// Each of kCount sums over the lanes of a thread's channel, by halves, for all threads; scratch [kCount * kMergeThreads].
+template <int kCount>
+DEVICE_FN void add_lanes(float (&sums)[kCount], float* scratch) {
+  const int tid = int(threadIdx.x), lane = tid / kMergeChannels;
+#pragma unroll
+  for (int which = 0; which < kCount; ++which) scratch[which * kMergeThreads + tid] = sums[which];
+  for (int half = kMergeLanes / 2; half > 0; half /= 2) {
+    __syncthreads();  // what is added next is whole
+    if (lane >= half) continue;
+#pragma unroll
+    for (int which = 0; which < kCount; ++which)
+      scratch[which * kMergeThreads + tid] += scratch[which * kMergeThreads + tid + half * kMergeChannels];
+  }
+  __syncthreads();  // the sums are whole
+#pragma unroll
+  for (int which = 0; which < kCount; ++which) sums[which] = scratch[which * kMergeThreads + tid % kMergeChannels];
+  __syncthreads();  // everybody has read them
+}
 
 }  // namespace resfuse::cuda
