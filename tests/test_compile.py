@@ -77,7 +77,7 @@ def check_same(found, expected):
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
 @pytest.mark.parametrize("name", KINDS)
-def test_training_is_the_same_to_the_bit(name, autocast, device):
+def test_training_is_the_same_to_the_bit(name, autocast, device, deterministic):
     block, _, compiled, recorder = pair(name, device)
     x = make_input(CASES[name], autocast or torch.float32, device=device)
     dout = make_gradient(CASES[name], device=device)
@@ -308,7 +308,7 @@ def test_constant_statistics_are_copied(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("name", ["small-projection", "stage3", "small-stem", "small-preact"])
-def test_a_step_in_a_cuda_graph(name, backend):
+def test_a_step_in_a_cuda_graph(name, backend, deterministic):
     """Captured once, replayed on other inputs: nothing in a step waits for the device."""
     block = resfuse.fuse(make_block(CASES[name], device="cuda"), config=resfuse.FuseConfig(backend=backend))
     twin = copy.deepcopy(block)

@@ -54,7 +54,7 @@ def kinds(backend, device, dtype):
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_bits(name, autocast, backend):
+def test_the_same_bits(name, autocast, backend, deterministic):
     """Of the first step, which runs as it is, the second, which is noted, and later ones, on operands of their own."""
     backend, device = backend
     if backend == "triton" and device == "cpu" and (name not in NAMES[1:5] or not autocast):
