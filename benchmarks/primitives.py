@@ -1,11 +1,17 @@
 """Each primitive of the kernel sets at the shapes of a bottleneck: its time, and what share of the device's ceilings,
-measured in the same run, its bytes and operations come to."""
+measured in the same run, its bytes and operations come to.
+
+`make gpu` measures; python -m benchmarks.primitives FILE prints docs/gpu.md's table of what it wrote.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -241,3 +247,24 @@ def show(rows: list[dict], issued: list[dict], console: Console) -> None:
             f"{row['case']}, {row['set']}: the host issues forward in {1e6 * row['forward']:.0f} us, backward in "
             f"{1e6 * row['backward']:.0f} us", highlight=False,
         )
+
+
+def table(results: dict, sets: tuple[str, ...] = ("triton", "cuda")) -> list[str]:
+    """Lines of Markdown: for each primitive and case microseconds and share of a copy's rate, the sets side by side."""
+    rows = [row for row in results["rows"] if row["set"] in sets and "3x3" not in row["primitive"]]
+    rows = [row for row in rows if "with u" not in row["primitive"] or row["set"] != "triton"]  # which leaves u out
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    lines = [f"| {' / '.join(sets)} | {' | '.join(cases)} |", "|---" * (1 + len(cases)) + "|"]
+    for primitive in dict.fromkeys(row["primitive"] for row in rows):
+        cells = []
+        for case in cases:
+            found = {row["set"]: row for row in rows if (row["primitive"], row["case"]) == (primitive, case)}
+            times = " / ".join(f"{1e6 * found[name]['median']:.0f}" for name in sets if name in found)
+            share = max(row.get("copy_share", 0) for row in found.values())
+            cells.append(f"{times} ({share:.0%})" if share else times)
+        lines.append(f"| `{primitive.partition(',')[0]}`{''.join(primitive.partition(',')[1:])} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(table(json.loads(Path(sys.argv[1]).read_text()))))

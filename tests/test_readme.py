@@ -43,6 +43,18 @@ def test_the_kernel_tables_are_what_their_results_file_gives():
     assert results["command"] in text and "+dirty" not in results["environment"]["commit"]
 
 
+def test_the_gpu_table_is_what_its_results_file_gives():
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    (name,) = set(re.findall(r"benchmarks.primitives (\S+\.json)", text))
+    results = json.loads((ROOT / name).read_text())
+    assert "\n".join(script("primitives").table(results)) in text
+    assert results["command"] in text and results["environment"]["device"] in text
+    for each in results["tests"]:
+        assert f"{each['passed']} passed" in text
+    for sides in (results["resnet50"]["eager"], results["resnet50"]["resfuse"]):
+        assert all(f"{value:g}" in text for value in sides.values())
+
+
 def test_the_figure_exists_and_is_named():
     figures = re.findall(r"!\[[^\]]*\]\((\S+\.png)\)", (ROOT / "README.md").read_text())
     assert len(figures) == 1 and (ROOT / figures[0]).stat().st_size > 10_000

@@ -23,14 +23,14 @@ DEVICE_FN Raw<T> load_residual(const Sum& p, int row, int first) {
   return raw;
 }
 
-// What there is beside the main branch: nothing; a residual of all channels; any of it. Each has the registers, and so the
-// loads in flight, that it needs.
+// What there is beside the main branch: nothing; a residual of all channels; any of it. Each has the registers, and so
+// the loads in flight, that it needs.
 constexpr int kNothing = 0, kResidual = 1, kAnything = 2;
 
 template <class T, int kBeside, bool kWhole>
 __global__ void __launch_bounds__(kThreads, kBeside == kNothing ? 3 : 2) apply_kernel(Sum p, int64_t each) {
   constexpr bool kAny = kBeside == kAnything;
-  constexpr int kUnroll = kRows<T, kWhole, kBeside == kNothing ? 1 : 2>;
+  constexpr int kUnroll = kRows<T, kWhole, kBeside + 1>;
   const Place place(p.rows, each);
   const int left = p.channels - place.first;
   if (left <= 0) return;
@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(kThreads, kBeside == kNothing ? 3 : 2) apply_k
         for (int i = 0; i < kVector; ++i) y[i] = y[i] * weight;
       }
       if (kAny && p.gate != nullptr) {
-        const Raw<T> gate = load_raw<kWhole>(static_cast<const T*>(p.gate) + int64_t(row) * p.channels + place.first, left);
+        const T* const at = static_cast<const T*>(p.gate) + int64_t(row) * p.channels + place.first;
+        const Raw<T> gate = load_raw<kWhole>(at, left);
 #pragma unroll
         for (int i = 0; i < kVector; ++i) open[i] = to_float(gate.v[i]), y[i] = y[i] * open[i];
       }

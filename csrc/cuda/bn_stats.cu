@@ -1,7 +1,7 @@
 // bn_stats: mean and biased variance of each channel. Reads z once, M*C values, and writes two partial sums a share.
 //
-// A thread takes its rows one after the other (Welford). Of the threads of a channel, and of the shares, first the mean is
-// taken and then M2 = sum(M2_i + n_i (mean_i - mean)^2), in a fixed order.
+// A thread takes its rows one after the other (Welford). Of the threads of a channel, and of the shares, first the mean
+// is taken and then M2 = sum(M2_i + n_i (mean_i - mean)^2), in a fixed order.
 #include "device/shares.h"
 #include "launchers.h"
 
@@ -16,13 +16,14 @@ moments_kernel(const T* __restrict__ z, float* __restrict__ partial, int64_t row
   constexpr int kUnroll = kRows<T, kWhole>;
   const Place place(rows, each);
   const int left = channels - place.first;
+  const T* const from = z + place.first;
   float mean[kVector] = {}, m2[kVector] = {}, count = 0.0f;
   if (left > 0) {
     for (int row = place.begin + place.down; row < place.end; row += kUnroll * kDown) {
       Raw<T> raw[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u)
-        if (row + u * kDown < place.end) raw[u] = load_raw<kWhole>(z + int64_t(row + u * kDown) * channels + place.first, left);
+        if (row + u * kDown < place.end) raw[u] = load_raw<kWhole>(from + int64_t(row + u * kDown) * channels, left);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         if (row + u * kDown >= place.end) break;
@@ -104,7 +105,8 @@ int bn_stats(DType dtype, const void* z, float* partial, float* mean, float* var
   });
   if (error != cudaSuccess) return error;
   const dim3 few(unsigned((channels + kMergeChannels - 1) / kMergeChannels));
-  return launch(merge_kernel, few, dim3(kMergeThreads), 0, on, partial, mean, var, int(rows), int(each), int(count), channels);
+  return launch(merge_kernel, few, dim3(kMergeThreads), 0, on, partial, mean, var, int(rows), int(each), int(count),
+                channels);
 }
 
 }  // namespace resfuse::cuda

@@ -80,7 +80,9 @@ struct Shares {
     return float(left < each ? left : each);
   }
   DEVICE_MEMBER float sum(int64_t share, int c) const { return sums[share * channels + c]; }
-  DEVICE_MEMBER float pivot(int64_t share, int c) const { return pivots != nullptr ? pivots[share * channels + c] : 0.0f; }
+  DEVICE_MEMBER float pivot(int64_t share, int c) const {
+    return pivots != nullptr ? pivots[share * channels + c] : 0.0f;
+  }
 };
 
 __global__ void __launch_bounds__(kMergeThreads)

@@ -1,10 +1,10 @@
 // expand_products: P = g.T @ (a - mean) [K, C], sum(g) [K] and, if wanted, u = g @ Wg [M, C] in storage dtype, for
-// gradients g [M, K] below a mask and activations a [M, C]. Each share of the rows gives its own products; a second kernel
-// adds them in order and, in 16 bits, takes sum(g) mean.T off; float32 subtracts the mean from a before the product.
+// gradients g [M, K] below a mask and activations a [M, C]. Each share of the rows gives its own products; a second
+// kernel adds them in order and, in 16 bits, takes sum(g) mean.T off; float32 takes the mean off a before the product.
 //
-// In 16 bits a tile has 128 of g's columns and 128 of a's (64 where a has no more, or an access has not 16 bytes), in float32 64 and 64: g is read once
-// for each tile along a, and a once for each along g. Writes shares * K * C float32. With u: reads g, a and, for each
-// share, Wg once, and writes u.
+// In 16 bits a tile has 128 of g's columns and 128 of a's (64 where a has no more, or an access has not 16 bytes), in
+// float32 64 and 64: g is read once for each tile along a, and a once for each along g. Writes shares * K * C float32.
+// With u: reads g, a and, for each share, Wg once, and writes u.
 #include "device/outer_product.h"
 #include "launchers.h"
 
@@ -47,8 +47,8 @@ products_kernel(Gradient g, Activation a, const float* __restrict__ mean, float*
   });
 }
 
-// With u: a block has all of g's columns, at most 256, and all of a's, at most 64. Its eight warps have 32 rows of P each,
-// and of a step's 32 x 64 values of u 16 x 16 each. Wg lies in shared memory throughout.
+// With u: a block has all of g's columns, at most 256, and all of a's, at most 64. Its eight warps have 32 rows of P
+// each, and of a step's 32 x 64 values of u 16 x 16 each. Wg lies in shared memory throughout.
 template <class T>
 using WithU = Short<T, 256, 64, 8, 32, 3, false>;
 constexpr int kMostOuter = 256, kMostInner = 64, kWgBytes = kMostOuter * kMostInner * 2;
@@ -120,10 +120,12 @@ sum_kernel(const float* __restrict__ products, const float* __restrict__ sums, c
   const int tid = int(threadIdx.x), lane = tid / kElements;
   const int64_t element = int64_t(blockIdx.x) * kElements + tid % kElements, size = int64_t(K) * C;
   float product = 0.0f, sum = 0.0f;
+  const int64_t k = element / C;
   if (element < size) {
+#pragma unroll 4
     for (int64_t share = lane; share < shares; share += kLanes) {
       product += products[share * size + element];
-      sum += sums[share * K + element / C];
+      sum += sums[share * K + k];
     }
   }
   found[tid] = product;
@@ -136,7 +138,7 @@ sum_kernel(const float* __restrict__ products, const float* __restrict__ sums, c
   }
   if (mean != nullptr) product -= sum * mean[element % C];
   result[element] = product;
-  if (element % C == 0) total[element / C] = sum;
+  if (element % C == 0) total[k] = sum;
 }
 
 }  // namespace

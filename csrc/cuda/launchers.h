@@ -6,11 +6,13 @@
 
 namespace resfuse::cuda {
 
-// Shares of the rows, one a block of kTileChannels channels, so that there are about kMostBlocks blocks, of
-// kShareRows rows at least, whose loads a thread asks for at once. They do not depend on the device, so that the order of a sum does not either.
-constexpr int64_t kMostBlocks = 1056, kShareRows = 128, kTileChannels = 64;
+// Shares of the rows, one a block of kTileChannels channels: about kMostBlocks blocks, whole waves of two or three on an
+// H100's 132 multiprocessors, of kShareRows rows at least, for which a thread asks at once. They do not depend on the
+// device, so that the order of a sum does not either.
+constexpr int64_t kMostBlocks = 792, kShareRows = 128, kTileChannels = 64;
 inline int64_t rows_each(int64_t rows, int channels) {
-  const int64_t tiles = (channels + kTileChannels - 1) / kTileChannels, most = tiles < kMostBlocks ? kMostBlocks / tiles : 1;
+  const int64_t tiles = (channels + kTileChannels - 1) / kTileChannels;
+  const int64_t most = tiles < kMostBlocks ? kMostBlocks / tiles : 1;
   const int64_t each = (rows + most - 1) / most;
   return (each + kShareRows - 1) / kShareRows * kShareRows;
 }

@@ -179,8 +179,8 @@ char* smem_pointer(uint32_t address);
 
 inline float bf16(uint32_t v) { return __bfloat162float({uint16_t(v)}); }
 inline float f16(uint32_t v) { return __half2float({uint16_t(v)}); }
-// The sum of a matrix unit's exact products and the value that they are added to: each is cut toward zero one bit below the
-// last of the largest, and their sum to float32. So does an A100; an H100 keeps one bit more.
+// The sum of a matrix unit's exact products and the value that they are added to: each is cut toward zero one bit below
+// the last of the largest, and their sum to float32. So does an A100; an H100 keeps one bit more.
 template <class Term>
 float matrix_sum(int products, double before, const Term& term) {
   double largest = std::fabs(before), sum = before;

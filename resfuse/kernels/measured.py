@@ -22,10 +22,13 @@ class Preference(NamedTuple):
 
 
 # Compute capabilities of the GPUs on which the tests of a set's kernels passed; benchmarks/results says when.
-PROVEN: dict[str, tuple[tuple[int, int], ...]] = {"triton": ((9, 0),), "cuda": ()}
+PROVEN: dict[str, tuple[tuple[int, int], ...]] = {"triton": ((9, 0),), "cuda": ((9, 0),)}
 
-# Where a measurement says other than `dispatch.ORDER`. None does yet.
-PREFERENCES: tuple[Preference, ...] = ()
+# Where a measurement says other than `dispatch.ORDER`.
+PREFERENCES: tuple[Preference, ...] = (
+    Preference((9, 0), torch.bfloat16, "bn_stats", "cuda", "1.08x triton, NVIDIA H100 80GB HBM3, dc57592, h100.json"),
+    Preference((9, 0), torch.bfloat16, "covariance", "cuda", "1.07x triton, NVIDIA H100 80GB HBM3, dc57592, h100.json"),
+)
 
 
 def proven(kernel_set: str, device: str) -> bool:

@@ -1,5 +1,5 @@
-// A tile of left.T @ right, summed over a share of the rows, with float32 sums: on the matrix units in 16 bits and tf32, by
-// fused multiply-adds in float32.
+// A tile of left.T @ right, summed over a share of the rows, with float32 sums: on the matrix units in 16 bits and tf32,
+// by fused multiply-adds in float32.
 //
 // Rows come in steps through a ring of stages: raw values by asynchronous copies, some steps ahead; then each thread
 // replaces the chunks that it copied itself by the recipe's values, and all warps read both tiles transposed, since the
@@ -13,8 +13,8 @@ namespace resfuse::cuda::outer {
 
 DEVICE_FN int lane() { return int(threadIdx.x) & 31; }
 
-// A warp's sums as mma.sync has them: kM x kN fragments of 16 x 8 a warp, of kWarpsDown warps one below the other. Value n
-// of a thread is of row(n) and column(n) of the tile.
+// A warp's sums as mma.sync has them: kM x kN fragments of 16 x 8 a warp, of kWarpsDown warps one below the other. Value
+// n of a thread is of row(n) and column(n) of the tile.
 template <int kM, int kN, int kWarpsDown>
 struct MatrixSums {
   static constexpr int kCount = kM * kN * 4;
@@ -39,8 +39,8 @@ DEVICE_FN void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
 
 // 16 bits: uncentred, since a centred value would have to be rounded again.
 //
-// The matrix units cut off what they cannot hold, which in a long sum of values of one sign adds up. kApart: products of 32
-// rows are summed by themselves, and added to the others rounding to nearest.
+// The matrix units cut off what they cannot hold, which in a long sum of values of one sign adds up. kApart: products of
+// 32 rows are summed by themselves, and added to the others rounding to nearest.
 template <class T, int kOfLeft, int kOfRight, int kDown, int kRowsAStep, int kRing, bool kApart>
 struct Short {
   using Storage = T;
@@ -68,18 +68,18 @@ struct Short {
     return smem_address(tile) + offset(lane() & 15, Sums::warp_column() / 8 + (lane() >> 4));
   }
 
-  // d += the products of kRows rows and the right tile's kFragments fragments from the first on.
-  template <int kRows, int kFragments>
-  static DEVICE_MEMBER void add(float (&d)[kM][kFragments][4], uint32_t left, uint32_t right, int first) {
+  // d += the products of kRows rows.
+  template <int kRows>
+  static DEVICE_MEMBER void add(float (&d)[kM][kN][4], uint32_t left, uint32_t right) {
 #pragma unroll
     for (int k = 0; k < kRows / 16; ++k) {
       uint32_t a[kM][4];
 #pragma unroll
       for (int i = 0; i < kM; ++i) ldmatrix_x4_trans(a[i], (left ^ i * 32) + k * 2048);
 #pragma unroll
-      for (int j = 0; j < kFragments; j += 2) {
+      for (int j = 0; j < kN; j += 2) {
         uint32_t b[4];
-        ldmatrix_x4_trans(b, (right ^ (first + j) * 16) + k * 2048);
+        ldmatrix_x4_trans(b, (right ^ j * 16) + k * 2048);
 #pragma unroll
         for (int i = 0; i < kM; ++i)
 #pragma unroll
@@ -115,23 +115,19 @@ struct Short {
     const uint32_t l = of_left(left), r = of_right(right);
     if (total != nullptr) add_columns(total, l);
     if constexpr (kApart) {
-      constexpr int kPart = kM * kN > 8 ? kN / 2 : kN;
 #pragma unroll
       for (int k = 0; k < kStep / 16; k += 2) {
+        float part[kM][kN][4] = {};
+        add<32>(part, l + k * 2048, r + k * 2048);
 #pragma unroll
-        for (int first = 0; first < kN; first += kPart) {
-          float part[kM][kPart][4] = {};
-          add<32>(part, l + k * 2048, r + k * 2048, first);
+        for (int i = 0; i < kM; ++i)
 #pragma unroll
-          for (int i = 0; i < kM; ++i)
+          for (int j = 0; j < kN; ++j)
 #pragma unroll
-            for (int j = 0; j < kPart; ++j)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) sums.v[i][first + j][e] += part[i][j][e];
-        }
+            for (int e = 0; e < 4; ++e) sums.v[i][j][e] += part[i][j][e];
       }
     } else {
-      add<kStep>(sums.v, l, r, 0);
+      add<kStep>(sums.v, l, r);
     }
   }
 
@@ -253,8 +249,8 @@ struct Exact : Wide {
   }
 };
 
-// An activation's columns: act(scale * x + shift), rounded; 0 beyond the last. Its vectors lie in shared memory, kWidth of
-// scale and then of shift, so that they take registers only where they are used.
+// An activation's columns: act(scale * x + shift), rounded; 0 beyond the last. Its vectors lie in shared memory, kWidth
+// of scale and then of shift, so that they take registers only where they are used.
 template <class T, int kWidth>
 struct ActivationTile {
   struct Vectors {
@@ -476,8 +472,8 @@ struct Nothing {
   DEVICE_MEMBER void operator()(const unsigned char*, int) const {}
 };
 
-// both: whether the right tile is one of its own, and not the left one again; total: where the
-// sums of the left one's columns are kept in 16 bits, null: nowhere; also(stage, step): what else is done with a step's values.
+// both: whether the right tile is one of its own, and not the left one again; total: where sums of the left one's columns
+// are kept in 16 bits, null where nobody wants them; also(stage, step): what else is done with a step's values.
 template <class Math, class Left, class Right, class Also = Nothing>
 DEVICE_FN void add_rows(typename Math::Sums& sums, unsigned char* smem, Left& left, Right& right,
                         const Steps<Math>& steps, bool both, float* total, const Also& also = {}) {

@@ -10,7 +10,7 @@
 #include <cstring>
 
 #define DEVICE_FN static __device__ __forceinline__
-#define SHARED_ARRAY(T, name, count) __shared__ T name[count]
+#define SHARED_ARRAY(T, name, count) __shared__ __align__(16) T name[count]
 #define SHARED_DYNAMIC(T, name)                                    \
   extern __shared__ __align__(1024) unsigned char dynamic_smem_[]; \
   T* const name = reinterpret_cast<T*>(dynamic_smem_)

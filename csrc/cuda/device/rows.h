@@ -26,7 +26,8 @@ template <class T>
 DEVICE_FN const T* row_of(const Rows& rows, int index) {
   const T* const data = static_cast<const T*>(rows.data);
   if (rows.view.pixels == 0) return data + int64_t(index) * rows.channels;
-  const unsigned sample = unsigned(index) / unsigned(rows.view.pixels), in_sample = unsigned(index) % unsigned(rows.view.pixels);
+  const unsigned sample = unsigned(index) / unsigned(rows.view.pixels);
+  const unsigned in_sample = unsigned(index) % unsigned(rows.view.pixels);
   const unsigned line = in_sample / unsigned(rows.view.width), pixel = in_sample % unsigned(rows.view.width);
   return data + sample * rows.view.sample + line * rows.view.line + pixel * rows.view.pixel;
 }
@@ -136,7 +137,7 @@ DEVICE_FN void store_pair(T* at, float low, float high) {
 
 // Rows that a thread asks for at once, of kTensors: one where each channel is a load of its own.
 template <class T, bool kWhole, int kTensors = 1>
-constexpr int kRows = !kWhole ? 1 : sizeof(T) == 4 ? 2 : kTensors == 1 ? 4 : 3;
+constexpr int kRows = !kWhole ? 1 : sizeof(T) == 4 || kTensors > 2 ? 2 : kTensors == 1 ? 4 : 3;
 
 // Eight values rounded as they are stored.
 DEVICE_FN Raw<float> to_raw(const float (&v)[kVector], float) {

@@ -28,7 +28,7 @@ DEVICE_FN void add_threads(float* result, float* scratch, const float (&sums)[kC
 // A block that merges the shares of kMergeChannels channels: each thread takes every kMergeLanes-th share in order.
 constexpr int kMergeThreads = 512, kMergeChannels = 8, kMergeLanes = kMergeThreads / kMergeChannels;
 
-// Each of kCount sums over the lanes of a thread's channel, by halves, for all threads; scratch [kCount * kMergeThreads].
+// Each of kCount sums over the lanes of a thread's channel, by halves, for all threads; scratch [kCount, kMergeThreads].
 template <int kCount>
 DEVICE_FN void add_lanes(float (&sums)[kCount], float* scratch) {
   const int tid = int(threadIdx.x), lane = tid / kMergeChannels;
