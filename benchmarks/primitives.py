@@ -262,7 +262,8 @@ def table(results: dict, sets: tuple[str, ...] = ("triton", "cuda")) -> list[str
             times = " / ".join(f"{1e6 * found[name]['median']:.0f}" for name in sets if name in found)
             share = max(row.get("copy_share", 0) for row in found.values())
             cells.append(f"{times} ({share:.0%})" if share else times)
-        lines.append(f"| `{primitive.partition(',')[0]}`{''.join(primitive.partition(',')[1:])} | {' | '.join(cells)} |")
+        name, comma, rest = primitive.partition(",")
+        lines.append(f"| `{name}`{comma}{rest} | {' | '.join(cells)} |")
     return lines
 
 
