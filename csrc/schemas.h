@@ -1,5 +1,5 @@
-// The schema of every operator. Implementations register themselves where they are defined, for the device that they
-// are for; kernels run without a GPU have a library of their own with the same schemas.
+// The schema of every operator. cpu/ops.cpp and cuda/ops.cpp register the implementations, each for its device; kernels
+// run without a GPU have a library of their own with the same schemas.
 //
 // A recipe comes as its tensor with `scale` and `shift`, absent where the tensor itself is meant. Tensors of no
 // elements stand for results that were not asked for. tf32: a GPU's products of float32 read operands rounded to it.

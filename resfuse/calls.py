@@ -111,40 +111,31 @@ def block(
     convolution; shortcut: as documented there, or "nothing"."""
     x, dtype = parts[0], arguments.storage_dtype(parts[0])
     kind, projection = _shortcut_kind(shortcut, len(parts))
-    shape = arguments.check_parts(parts)
-    shapes = _check_block(x, dtype, shape, bn, convs, shortcut, projection)
-    rows = list(map(_rows, shapes))
-    row_scale, gate = _check_sum(x, dtype, kind, scale, row_scale, gate, shapes[len(convs) - 1])
-    outer = [] if projection is None else [projection]
-    units = [
-        Unit(c.geometry, getattr(c, "eps", None), c.batch, form.at(count, c.batch))
-        for c, form, count in zip((*convs, *outer), forms(convs, projection), rows, strict=True)
-    ]
-    norms = [] if bn is None else [bn]
+    eager = steps is block_steps.DIRECT  # in a graph sizes may be symbols
+    settled = (_settled_before if eager else _settled)(parts, dtype, bn, convs, shortcut, kind, projection)
+    row_scale, gate = _check_sum(x, dtype, kind, scale, row_scale, gate, settled.out)
+    norms, outer = [] if bn is None else [bn], [] if projection is None else [projection]
     tensors = [_tensors(c) for c in (*norms, *convs, *outer)]
-    counts = [_rows(shape)] * len(norms) + rows
     n = len(norms) + len(convs)
     inputs = Inputs(
-        tuple(part.to(dtype) for part in parts), *_known(stats, bn, x, dtype, shape[1]),
+        tuple(part.to(dtype) for part in parts), *_known(stats, bn, x, dtype, settled.channels),
         shortcut.to(dtype) if kind == branches.GIVEN else None, row_scale, gate,
         tuple(tensors[: len(norms)]), tuple(tensors[len(norms) : n]), tuple(tensors[n:]),
     )
-    channels_last = all(map(_suggests_channels_last, parts)) or any(_suggests_channels_last(c.weight) for c in convs)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     spec = Spec(
         parts=len(parts),
-        norm=None if bn is None else Unit(None, bn.eps, bn.batch, KEEP),
-        units=tuple(units[: len(convs)]),
-        shortcut=_static_shortcut(kind, shortcut, units[len(convs) :]),
+        norm=settled.norm,
+        units=settled.units,
+        shortcut=settled.shortcut,
         relu=relu,
         scale=scale,
-        running=tuple(_running(c, count) for c, count in zip((*norms, *convs, *outer), counts, strict=True)),
+        running=tuple(map(_running, (*norms, *convs, *outer), settled.counts)),
         pending=[],
         backend=backend,
         differentiable=_differentiable(inputs.flat()),
         want_stats=want_stats,
-        layout=_inside(x, shape, layout),
-        out_layout=layout,
+        layout=settled.layout,
+        out_layout=settled.out_layout,
         steps=steps,
     )
     return _run(BlockFunction, spec, inputs.flat(), x.device.type, dtype)
@@ -166,6 +157,78 @@ def _update(spec: Spec | PoolSpec, device: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         spec.steps.update_running(spec.pending, spec.backend, device, dtype)
     spec.pending.clear()
+
+
+# What a call's description decides ------------------------------------------------------------------------------
+
+
+class Settled(NamedTuple):
+    """What sizes, strides, dtypes and settings of a call decide, once they are found to fit. channels: of the input;
+    out: the main branch's shape; counts: values a channel of each BatchNorm, in the order norm, units, shortcut."""
+
+    channels: int
+    out: torch.Size
+    norm: Unit | None
+    units: tuple[Unit, ...]
+    shortcut: Shortcut
+    counts: tuple[int, ...]
+    layout: torch.memory_format
+    out_layout: torch.memory_format
+
+
+_settled_calls: dict[tuple, Settled] = {}
+MOST_SETTLED = 1024
+
+
+def _settled_before(parts: list[Tensor], dtype: torch.dtype, bn: BN | None, convs, shortcut, *rest) -> Settled:
+    """`_settled`, looked up: the checks of one kind of call are made once."""
+    autocast = torch.is_autocast_enabled(parts[0].device.type)
+    key = dtype, autocast, _kind(parts), _kind(bn), _kind(convs), _kind(shortcut)
+    try:
+        found = _settled_calls.get(key)
+    except TypeError:  # a setting that cannot be a key: a list, say
+        return _settled(parts, dtype, bn, convs, shortcut, *rest)
+    if found is None:
+        found = _settled(parts, dtype, bn, convs, shortcut, *rest)
+        if len(_settled_calls) >= MOST_SETTLED:
+            _settled_calls.clear()
+        _settled_calls[key] = found
+    return found
+
+
+def _kind(given):
+    """given, for a tensor all that is asked of one before the call."""
+    if isinstance(given, Tensor):
+        return given.shape, given.stride(), given.dtype, given.device
+    if isinstance(given, (list, tuple)):
+        return type(given), *map(_kind, given)
+    return given
+
+
+def _settled(
+    parts: list[Tensor], dtype: torch.dtype, bn: BN | None, convs: Sequence[ConvBN | Conv], shortcut, kind: str,
+    projection: ConvBN | Conv | None,
+) -> Settled:
+    x, shape = parts[0], arguments.check_parts(parts)
+    shapes = _check_block(x, dtype, shape, bn, convs, shortcut, projection)
+    rows = list(map(_rows, shapes))
+    outer = [] if projection is None else [projection]
+    units = [
+        Unit(c.geometry, getattr(c, "eps", None), c.batch, form.at(count, c.batch))
+        for c, form, count in zip((*convs, *outer), forms(convs, projection), rows, strict=True)
+    ]
+    channels_last = all(map(_suggests_channels_last, parts)) or any(_suggests_channels_last(c.weight) for c in convs)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return Settled(
+        channels=shape[1],
+        out=shapes[len(convs) - 1],
+        norm=None if bn is None else Unit(None, bn.eps, bn.batch, KEEP),
+        units=tuple(units[: len(convs)]),
+        shortcut=_static_shortcut(kind, shortcut, units[len(convs) :]),
+        counts=(*([] if bn is None else [_rows(shape)]), *rows),
+        layout=_inside(x, shape, layout),
+        out_layout=layout,
+    )
 
 
 # Arguments ---------------------------------------------------------------------------------------------------

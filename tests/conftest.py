@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from resfuse import calls
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -14,6 +16,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unsettled(monkeypatch):
+    """What a call's description decides is decided anew: tests patch what decides it."""
+    monkeypatch.setattr(calls, "_settled_calls", {})
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

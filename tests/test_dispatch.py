@@ -14,8 +14,8 @@ HERE = (9, 0)
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU that the table knows, with both sets proven; nothing runs on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: HERE)
-    monkeypatch.setattr(measured, "proven", lambda *_: True)
     for each in (triton, cuda):
         monkeypatch.setattr(each, "unsupported", lambda device, dtype: [])
     lines = [
@@ -51,7 +51,7 @@ def test_what_it_refuses_goes_to_the_next(gpu, monkeypatch):
 
 
 def test_an_unproven_set_is_not_preferred(gpu, monkeypatch):
-    monkeypatch.setattr(measured, "proven", lambda name, _: name not in ("triton", "cuda"))
+    monkeypatch.setattr(measured, "PROVEN", {"triton": ((8, 0),), "cuda": ()})
     assert set(dispatch.kernels("auto", "cuda", torch.bfloat16).chosen.values()) == {"eager"}
 
 

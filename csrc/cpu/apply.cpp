@@ -3,10 +3,9 @@
 // Rows: M = N*H*W pixels of C channels, dense channels_last. One pass; with s = bytes of a stored value, it reads
 // M*C*s (z) and M*C*s (r, if any), writes M*C*s (out) and M*ceil(C/8) (mask, if wanted). Element by element, hence
 // the same bits for any number of threads and, without fused multiply-add, for any instruction set.
-#include <torch/library.h>
-
 #include "isa.h"
 #include "parallel.h"
+#include "primitives.h"
 #include "sum_tensors.h"
 
 namespace resfuse {
@@ -56,10 +55,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> apply(
     });
   });
   return result.with(moments);
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("apply", &apply);
 }
 
 }  // namespace resfuse

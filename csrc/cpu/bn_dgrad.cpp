@@ -1,10 +1,9 @@
 // bn_dgrad: a gradient (gradient.h) as a tensor: `select`'s g, or BatchNorm's dz. Reads M*C*s (dout), M*C*s (z) and the
 // mask, writes M*C*s.
-#include <torch/library.h>
-
 #include "gradient_tensors.h"
 #include "isa.h"
 #include "parallel.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -35,10 +34,6 @@ at::Tensor bn_dgrad(
                [&](int64_t, int64_t begin, int64_t end) { run_best(kernel, begin, end); });
   });
   return out;
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("bn_dgrad", &bn_dgrad);
 }
 
 }  // namespace resfuse

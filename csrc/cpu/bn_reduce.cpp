@@ -5,13 +5,12 @@
 //
 // dy is masked by relu(scale * z + shift) where shift is given. Reads M*C*s twice (dy, z). Sums in float32 over a
 // chunk, chunks in double, in order.
-#include <torch/library.h>
-
 #include <vector>
 
 #include "gradient_tensors.h"
 #include "isa.h"
 #include "parallel.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -110,10 +109,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_reduce
     mutable_data_of<float>(bn_scale)[c] = given ? given[c] * i[c] : i[c];
   }
   return {dbeta, dgamma, mean_dy, slope, bn_scale};
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("bn_reduce", &bn_reduce);
 }
 
 }  // namespace resfuse

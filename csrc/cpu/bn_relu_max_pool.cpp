@@ -4,11 +4,11 @@
 // first maximum of the rounded values wins, and the last NaN. Forward reads N*H*W*C*s, writes N*P*Q*C*(s + 1); the rows
 // of a window are normalised once for a row of out. Backward reads that, writes N*H*W*C*s; sums in float32, in order.
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include "isa.h"
 #include "operands.h"
 #include "parallel.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -177,11 +177,6 @@ at::Tensor max_pool_backward(
     at::parallel_for(0, x.size(0) * x.size(2), 1, [&](int64_t begin, int64_t end) { run_best(kernel, begin, end); });
   });
   return dy;
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("bn_relu_max_pool", &bn_relu_max_pool);
-  m.impl("max_pool_backward", &max_pool_backward);
 }
 
 }  // namespace resfuse

@@ -1,10 +1,9 @@
 // bn_stats: mean and biased variance of each channel (moments.h). Reads z once.
-#include <torch/library.h>
-
 #include "isa.h"
 #include "moments.h"
 #include "operands.h"
 #include "parallel.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -33,10 +32,6 @@ std::tuple<at::Tensor, at::Tensor> bn_stats(const at::Tensor& z) {
     });
   });
   return merged(moments);
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("bn_stats", &bn_stats);
 }
 
 }  // namespace resfuse

@@ -4,10 +4,9 @@
 // dz [M, K] (gradient.h: BatchNorm's backward and ReLU's mask are its prologue), a [M, C] a tensor or recipe, W [K, C],
 // add a gradient [M, C] of the same activation (the shortcut's) under its mask. Reads M*K*s (dout and z each) and M*C*s
 // (a, add), writes M*C*s (da). 4*M*K*C operations. dW: float32 along a share's rows, shares added in order.
-#include <torch/library.h>
-
 #include "gradient_products.h"
 #include "gradient_tensors.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -50,10 +49,6 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
     run_gradient_products(kernel, rows, grid, sums, nullptr);
   });
   return {da, want_weight ? sums.merged() : at::empty({0}, at::kFloat)};
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("conv_backward", &conv_backward);
 }
 
 }  // namespace resfuse

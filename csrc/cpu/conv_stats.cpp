@@ -2,12 +2,11 @@
 //
 // a [M, C] is a tensor, a strided view or act(scale * x + shift), W [K, C]. Reads M*C*s (a) and K*C*s, writes M*K*s
 // (z); z's statistics are taken while its chunk is in cache. 2*M*K*C operations.
-#include <torch/library.h>
-
 #include "isa.h"
 #include "moments.h"
 #include "operands.h"
 #include "panels.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -74,10 +73,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_stats(
   if (!want_stats) return {z, at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
   auto [mean, var] = merged(moments);
   return {z, mean, var};
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("conv_stats", &conv_stats);
 }
 
 }  // namespace resfuse

@@ -6,12 +6,11 @@
 // With a stride, every stride-th pixel of da in each direction is a convolution of its own, with every stride-th tap.
 // a and dz are made from their recipes in cache, block by block (window.h); nine taps read them there. Reads M*C*s and
 // the lines that neighbouring blocks share, writes M*K*s. 2*M*K*C*R*S operations.
-#include <torch/library.h>
-
 #include "gradient_tensors.h"
 #include "isa.h"
 #include "moments.h"
 #include "panels.h"
+#include "primitives.h"
 #include "window.h"
 
 namespace resfuse {
@@ -247,11 +246,6 @@ at::Tensor conv_window_dgrad(
     }
   });
   return da;
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("conv_window", &conv_window);
-  m.impl("conv_window_dgrad", &conv_window_dgrad);
 }
 
 }  // namespace resfuse

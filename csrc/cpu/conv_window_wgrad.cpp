@@ -4,10 +4,9 @@
 // a and dz are made from their recipes in cache, block by block (window.h). The pixels of an image are a piece of the
 // depth. Each column of the window has a copy of a's pixels as it sees them, whose lines serve all its rows. Reads
 // M*C*s and M*K*s, 2*M*K*C*R*S operations. Float32 along a share's pixels, shares in order.
-#include <torch/library.h>
-
 #include "gradient_tensors.h"
 #include "outer_product.h"
+#include "primitives.h"
 #include "window.h"
 
 namespace resfuse {
@@ -164,10 +163,6 @@ at::Tensor conv_window_wgrad(
     total = sums.merged();
   });
   return total.view({outer, window.rows, window.columns, inner}).permute({0, 3, 1, 2});
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("conv_window_wgrad", &conv_window_wgrad);
 }
 
 }  // namespace resfuse

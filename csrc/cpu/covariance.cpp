@@ -5,8 +5,6 @@
 // about their chunk's mean, and the means' own covariance is added:
 //   M cov = sum over chunks of (y - m_c).T (y - m_c)  +  sum over chunks of n_c (m_c - mean) (m_c - mean).T
 // bfloat16 would be rounded by centring; there the products are corrected, cov = y.T y / M - mean mean.T, in double.
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -15,6 +13,7 @@
 #include "isa.h"
 #include "operands.h"
 #include "panels.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -221,10 +220,6 @@ std::tuple<at::Tensor, at::Tensor> covariance(
   at::parallel_for(0, (channels + panel_columns - 1) / panel_columns, 1,
                    [&](int64_t begin, int64_t end) { run_best(kernel, begin, end); });
   return {mean, cov};
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("covariance", &covariance);
 }
 
 }  // namespace resfuse

@@ -4,12 +4,11 @@
 //
 // a [M, C] and b [M, D] are tensors, strided views or recipes; W [K, C], V [K, D]. Reads M*C*s (a), M*K*s (a residual)
 // or M*D*s (b), writes M*K*s (out) and M*ceil(K/8) (mask). 2*M*K*(C + D) operations.
-#include <torch/library.h>
-
 #include <memory>
 
 #include "isa.h"
 #include "panels.h"
+#include "primitives.h"
 #include "sum_tensors.h"
 
 namespace resfuse {
@@ -109,10 +108,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand(
     });
   });
   return result.with(moments);
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("expand", &expand);
 }
 
 }  // namespace resfuse

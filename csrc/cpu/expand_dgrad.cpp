@@ -3,14 +3,13 @@
 //
 // u [M, C] stands for g @ Wg, or g [M, K] and Wg [K, C] are given. a [M, C], q [C, C], c [C]; q, q_scale and c are
 // absent for constant statistics. Reads M*C*s twice (u, a), writes M*C*s. 2*M*C*C operations.
-#include <torch/library.h>
-
 #include <memory>
 
 #include "gradient_tensors.h"
 #include "isa.h"
 #include "panels.h"
 #include "parallel.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -109,10 +108,6 @@ at::Tensor expand_dgrad(
                [&](int64_t, int64_t begin, int64_t end) { run_best(kernel, begin, end); });
   });
   return da;
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("expand_dgrad", &expand_dgrad);
 }
 
 }  // namespace resfuse

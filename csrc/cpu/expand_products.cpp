@@ -4,10 +4,9 @@
 // g [M, K] (gradient.h) and a [M, C] are made from their recipes in cache, Wg [K, C]. Reads M*K*s (g), its mask and
 // M*C*s (a), writes M*C*s (u). 4*M*K*C operations. Floats are centred before the product; bfloat16 would be rounded by
 // that, and its product is corrected, P - sum(g) mean.T. P: float32 along a share's rows, shares added in order.
-#include <torch/library.h>
-
 #include "gradient_products.h"
 #include "gradient_tensors.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -54,10 +53,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products(
   const at::Tensor products =
       sums.merged(correct ? t : nullptr, correct ? vector_of(mean) : nullptr);
   return {products, total, u};
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("expand_products", &expand_products);
 }
 
 }  // namespace resfuse

@@ -6,13 +6,12 @@
 //
 // W, Wg [K, C] in storage dtype, cov [C, C], P [K, C]. All products in float32, c in double from the rounded Wg and q.
 // 2*K*C*C operations for W @ cov and half as many for Q, which is symmetric.
-#include <torch/library.h>
-
 #include <cmath>
 
 #include "operands.h"
 #include "outer_product.h"
 #include "panels.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -231,11 +230,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand_co
     }
   });
   return {dgamma, dweight, q, q_scale, c};
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("expand_stats", &expand_stats);
-  m.impl("expand_coefficients", &expand_coefficients);
 }
 
 }  // namespace resfuse

@@ -2,11 +2,11 @@
 // update_running: (1 - f) * running + f * batch, f = momentum or 1 / num_batches_tracked. C-length work.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <cmath>
 
 #include "operands.h"
+#include "primitives.h"
 
 namespace resfuse {
 
@@ -64,11 +64,6 @@ void update_running(
   if (running_mean) towards(*running_mean, vector_of(mean), 1.0, factor);
   const double n = static_cast<double>(count);
   if (running_var) towards(*running_var, vector_of(var), n / (n - 1.0), factor);
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CPU, m) {
-  m.impl("finalize", &finalize);
-  m.impl("update_running", &update_running);
 }
 
 }  // namespace resfuse

@@ -1,8 +1,8 @@
 // Probing the processor, once, and the operator that reports it.
 #include "isa.h"
+#include "primitives.h"
 
 #include <ATen/Version.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -66,10 +66,6 @@ const char* isa_name(Isa isa) {
 
 std::string cpu_isa() {
   return isa_name(isa());
-}
-
-TORCH_LIBRARY_IMPL(resfuse, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", &cpu_isa);
 }
 
 }  // namespace resfuse

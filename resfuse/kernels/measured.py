@@ -33,14 +33,14 @@ PREFERENCES: tuple[Preference, ...] = (
 
 def proven(kernel_set: str, device: str) -> bool:
     """Whether a set's kernels have passed their tests on such a device as is here; sets for CPUs are tested on any."""
-    if kernel_set not in PROVEN:
-        return True
-    return device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() in PROVEN[kernel_set]
+    return kernel_set not in PROVEN or _capability(device) in PROVEN[kernel_set]
 
 
 def preferred(device: str, dtype: torch.dtype) -> dict[str, str]:
     """The measured set of each primitive that has one."""
-    if device != "cuda" or not PREFERENCES:
-        return {}
-    here = torch.cuda.get_device_capability()
+    here = _capability(device) if PREFERENCES else None
     return {p.primitive: p.kernel_set for p in PREFERENCES if p.capability == here and p.dtype == dtype}
+
+
+def _capability(device: str) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else None
