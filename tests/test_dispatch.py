@@ -16,6 +16,7 @@ def gpu(monkeypatch):
     """A GPU that the table knows, with both sets proven; nothing runs on it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: HERE)
+    monkeypatch.setattr(measured, "PROVEN", {"triton": (HERE,), "cuda": (HERE,)})
     for each in (triton, cuda):
         monkeypatch.setattr(each, "unsupported", lambda device, dtype: [])
     lines = [

@@ -111,6 +111,16 @@ def test_matrix_product(library, kind):
     run_product(library, kind)
 
 
+def test_matrix_units_cut_off(emulated):
+    """What lies below the last bits of the largest product is dropped, not rounded: in long sums it shows."""
+    a, b, d = torch.full((16, 16), 2.0**-26).bfloat16(), torch.ones(8, 16).bfloat16(), torch.empty(16, 8)
+    a[:, 0] = 1
+    exact = 1 + 15 * 2.0**-26
+    assert torch.tensor(exact, dtype=torch.float64).float() > 1
+    emulated.call("mma_once", [(a, READ, "a"), (b, READ, "b"), (d, WRITE, "d")], 0)
+    assert torch.equal(d, torch.ones(16, 8))
+
+
 @ORDERS
 @pytest.mark.parametrize("valid", [0, 13, 32])
 @pytest.mark.parametrize("transpose", [0, 1])

@@ -116,6 +116,15 @@ def test_errors_name_the_argument_and_change_nothing(case):
     assert tracked == [int(c.num_batches_tracked) for c in convs]
 
 
+def test_what_fits_under_autocast_alone_is_refused_without():
+    """Though a call of the same tensors has been found to fit."""
+    x, convs = activation(2, 8, 4, 4, dtype=torch.bfloat16), bottleneck(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        functional.bottleneck(x, *convs)
+    with pytest.raises(ArgumentError, match="conv1.weight is torch.float32"):
+        functional.bottleneck(x, *convs)
+
+
 def test_autocast_takes_no_float64():
     """As eager: autocast leaves float64 alone, so it does not mix."""
     convs = [c._replace(weight=c.weight.detach().double()) for c in bottleneck(dtype=torch.float32)]

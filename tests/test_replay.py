@@ -88,6 +88,23 @@ def test_each_kind_of_call_is_noted_once(backend):
     assert len(found) == 5
 
 
+def test_what_is_wanted_and_how_buffers_move_is_part_of_the_kind():
+    case = CASES["small-identity"]
+    x, dout = make_input(case), make_gradient(case)
+    block, plain = resfuse.fuse(make_block(case)), make_block(case)
+    for each in (block, plain):
+        each.conv1.weight.requires_grad_(False)
+    for round in range(7):
+        if round == 4:  # notes of both steps are there
+            for each in (block, plain):
+                each.conv1.weight.requires_grad_(True)
+                each.bn2.momentum = 0.7
+        ours, theirs = (step(each, x, dout, False) for each in (block, plain))
+        assert [t is None for t in ours] == [t is None for t in theirs]
+        pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if b is not None]
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in pairs)
+
+
 def test_an_operand_given_twice_is_another_kind():
     """x as its own residual, and then another: notes of the first would add x again."""
     block = make_block(CASES["small-identity"]).eval()
@@ -109,7 +126,7 @@ def test_what_cannot_be_noted_runs_as_it_is():
         k = SimpleNamespace(replays={})
         for value in (1.0, 1.0, 1.0, -1.0):
             x = torch.full((3,), value)
-            assert torch.equal(replay.run(k, "key", [x], partial(function, x)), function(x))
+            assert torch.equal(replay.run(k, "step", None, [x], partial(function, x)), function(x))
         assert list(k.replays.values()) == [replay.NEVER]
 
 
@@ -160,6 +177,8 @@ def test_kernels_are_given_addresses(monkeypatch):
     assert names.count("_conv_stats") == 1 and names.count("_expand") == 1 and names.count("_update_running") == 1
     a, weight, *_ = dict(given)["_conv_stats"]
     assert a[0] == x.data_ptr() and weight == block.conv1.weight.data_ptr() and a[1:] == (None,) * 3
+    (_, scale, shift, _), *_ = next(operands for name, operands in given if name == "_apply")
+    assert shift - scale == 4 * block.bn1.num_features  # views of one tensor, which are not made
 
 
 def test_another_alignment_is_another_kind():
@@ -168,7 +187,7 @@ def test_another_alignment_is_another_kind():
     for offset in (0, 1):
         x = torch.zeros(20)[offset : offset + 8]
         seen.add(x.data_ptr() % 16)
-        replay.run(k, "key", [x], partial(torch.add, x, 1))
+        replay.run(k, "step", None, [x], partial(torch.add, x, 1))
     assert len(k.replays) == len(seen) == 2
 
 
@@ -176,5 +195,5 @@ def test_notes_are_bounded(monkeypatch):
     monkeypatch.setattr(replay, "MOST", 8)
     k = SimpleNamespace(replays={})
     for n in range(1, 30):
-        replay.run(k, "key", [activation(1, 1, 1, n)], lambda: None)
+        replay.run(k, "step", None, [activation(1, 1, 1, n)], lambda: None)
         assert len(k.replays) <= 8

@@ -31,6 +31,6 @@ def show(console: Console) -> None:
     console.print(table)
     console.print(
         "shared: bytes of a block, without those that a launch of products adds; stack: bytes of a thread, spills "
-        "among them; blocks: that fit on a multiprocessor at once by these; then instructions. Not measured on a GPU.",
+        "among them; blocks: that fit on a multiprocessor at once by these; then instructions.",
         highlight=False,
     )

@@ -94,7 +94,7 @@ def note(cases: Sequence[Case], dtype: torch.dtype, device: torch.device) -> lis
         return call
 
     functions = {name: function for name, function in vars(chosen).items() if callable(function)}
-    spying = SimpleNamespace(**{name: noting(function) for name, function in functions.items()})
+    spying = SimpleNamespace(replays={}, **{name: noting(function) for name, function in functions.items()})
     before = dispatch.kernels
     dispatch.kernels = lambda *_: spying
     try:

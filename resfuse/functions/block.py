@@ -90,7 +90,7 @@ def forward(spec: Spec, flat: Sequence[Tensor | None]) -> Made:
     """flat: in the order of `Inputs`."""
     x = flat[0]
     k = dispatch.kernels(spec.backend, x.device.type, x.dtype)
-    return replay.run(k, ("block", spec.static()), flat, lambda: _made(k, spec, Inputs.arrange(spec, flat)))
+    return replay.run(k, "block", spec, flat, lambda: _made(k, spec, Inputs.arrange(spec, flat)))
 
 
 def _made(k, spec: Spec, inputs: Inputs) -> Made:
@@ -115,7 +115,7 @@ def backward(
                 k, spec, Inputs.arrange(spec, flat), Saved.arrange(spec, saved), dout, Inputs.arrange(spec, needs)
             )
 
-    return replay.run(k, ("block_backward", spec.static(), tuple(needs)), [*flat, *saved, dout], call)
+    return replay.run(k, "block_backward", spec, [*flat, *saved, dout], call, tuple(needs))
 
 
 def _differentiable(spec: Spec, flat, saved, dout: Tensor, needs) -> list[Tensor | None]:

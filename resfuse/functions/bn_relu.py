@@ -34,10 +34,6 @@ class PoolSpec(NamedTuple):
     out_layout: torch.memory_format
     steps: Steps
 
-    def static(self) -> tuple:
-        """What a step depends on beside its tensors."""
-        return self._replace(running=None, pending=None, steps=None)
-
 
 class Made(NamedTuple):
     """What forward made. saved: argmax (uint8, None without a pool), mean, invstd, scale and shift, or None where
@@ -77,7 +73,7 @@ class BNReluFunction(torch.autograd.Function):
 def forward(spec: PoolSpec, flat: Sequence[Tensor | None]) -> Made:
     """flat: x, mean, var, and the `Tensors`."""
     k = dispatch.kernels(spec.backend, flat[0].device.type, flat[0].dtype)
-    return replay.run(k, ("bn_relu", spec.static()), flat, lambda: _forward(k, spec, *flat))
+    return replay.run(k, "bn_relu", spec, flat, lambda: _forward(k, spec, *flat))
 
 
 def _forward(k, spec: PoolSpec, x: Tensor, mean: Tensor | None, var: Tensor | None, *tensors: Tensor | None) -> Made:
@@ -103,8 +99,10 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of flat, as far as they are needed."""
     k = dispatch.kernels(spec.backend, flat[0].device.type, flat[0].dtype)
-    key = "bn_relu_backward", spec.static(), tuple(needs)
-    return replay.run(k, key, [*flat, *saved, dout], lambda: _backward(k, spec, flat, saved, dout, needs))
+    return replay.run(
+        k, "bn_relu_backward", spec, [*flat, *saved, dout], lambda: _backward(k, spec, flat, saved, dout, needs),
+        tuple(needs),
+    )
 
 
 def _backward(k, spec: PoolSpec, flat, saved, dout: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:

@@ -78,10 +78,6 @@ class Spec(NamedTuple):
     out_layout: torch.memory_format
     steps: Steps
 
-    def static(self) -> tuple:
-        """What a step depends on beside its tensors."""
-        return self._replace(running=None, pending=None, steps=None)
-
 
 class Inputs(NamedTuple):
     """The tensor arguments of a Function, or a flag or gradient for each. stats: mean and variance of the input, None
@@ -130,7 +126,7 @@ def update_running(pending: Sequence[RunningUpdate], backend: str, device: str, 
     k = dispatch.kernels(backend, device, dtype)
     tensors = [t for stats, _, mean, var, tracked, _ in pending for t in (*stats, mean, var, tracked)]
     counts = tuple((count, momentum) for _, count, _, _, _, momentum in pending)
-    replay.run(k, ("update_running", counts), tensors, lambda: k.update_running(pending))
+    replay.run(k, "update_running", None, tensors, lambda: k.update_running(pending), counts)
 
 
 # Input -------------------------------------------------------------------------------------------------------

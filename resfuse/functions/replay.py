@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +26,21 @@ MOST = 1024  # kinds of calls that a kernel set's notes are kept of
 SEEN, NEVER = "seen", "never"
 
 
-def run(k: SimpleNamespace, key: Hashable, tensors: Sequence[Tensor | None], call: Callable[[], object]):
+def run(
+    k: SimpleNamespace, step: str, spec: NamedTuple | None, tensors: Sequence[Tensor | None],
+    call: Callable[[], object], *more: Hashable,
+):
     """What `call` gives, whose operands are `tensors`: all that it reads or writes and does not make itself.
 
-    k: the kernels that it runs, which keep the notes; key: everything else that it depends on.
+    k: the kernels that it runs, which keep the notes; step, spec (but for what is its caller's: running, pending and
+    steps) and more: everything else that it depends on.
     """
     first = tensors[0]
     if first.device.type not in DEVICES or torch._C._len_torch_dispatch_stack() > 0:
         return call()
     found = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors]
-    key = (key, first.device.index, nvidia.rounds_to_tf32(first), _repeated(tensors), *found)
+    static = spec and spec._replace(running=None, pending=None, steps=None)
+    key = (step, static, more, first.device.index, nvidia.rounds_to_tf32(first), _repeated(tensors), *found)
     steps = k.replays.get(key)
     if steps is None:
         if len(k.replays) >= MOST:
