@@ -42,15 +42,27 @@ Isa probe() {
     found = __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
   }
   found = std::min(found, onednn_cap());
-  if (found == Isa::avx512_bf16 && onednn_cap() == Isa::amx && amx_works()) found = Isa::amx;
 #endif
   return found;
 }
 
+bool takes_matrix_unit() {
+#if RESFUSE_X86
+  return vector_isa() == Isa::avx512_bf16 && onednn_cap() == Isa::amx && amx_works();
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
-Isa isa() {
+Isa vector_isa() {
   static const Isa found = probe();
+  return found;
+}
+
+Isa isa() {
+  static const Isa found = takes_matrix_unit() ? Isa::amx : vector_isa();
   return found;
 }
 

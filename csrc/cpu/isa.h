@@ -30,6 +30,8 @@ enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // The best instruction set of this processor within ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA; probed once.
 Isa isa();
+// The same without the matrix unit, whose own probe runs on it.
+Isa vector_isa();
 const char* isa_name(Isa isa);
 
 #if RESFUSE_X86

@@ -242,7 +242,7 @@ const TileFunction* bfloat16_tiles() {
 void transpose_words(const void* from, int64_t from_stride, Word* to, int64_t to_stride) {
   const Word* words = static_cast<const Word*>(from);
 #if RESFUSE_X86
-  if (isa() >= Isa::avx512) return transpose_avx512(words, from_stride, to, to_stride);
+  if (vector_isa() >= Isa::avx512) return transpose_avx512(words, from_stride, to, to_stride);
 #endif
   for (int64_t i = 0; i < 16; ++i) {
     for (int64_t j = 0; j < 16; ++j) {
