@@ -108,6 +108,12 @@ def sum_shares(at, shares, stride, elements, E, BLOCK_S: tl.constexpr, BLOCK_E: 
     return tl.sum(total, 0)
 
 
+def merging_tile(shares: int, channels: int) -> tuple[int, int]:
+    """(shares at once, columns) of a program that adds up a row of matrices: 16 values a thread of 128."""
+    block = min(32, triton.next_power_of_2(shares))
+    return block, min(2048 // block, triton.next_power_of_2(channels))
+
+
 @triton.jit(do_not_specialize=["shares"])
 def _fewer_shares(partial, fewer, shares, E, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr):
     # partial [shares, E], fewer [ceil(shares / BLOCK_S), E] float32

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..interface import Act, Grad
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import sum_shares
+from ._moments import merging_tile, sum_shares
 from ._tiles import as_read, load_act, load_grad, load_vector, row_starts
 
 
@@ -62,18 +62,20 @@ def _merge(
     result,  # [K, C] float32
     total,  # [K] float32, or None
     shares, K, C,
-    BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    element = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    inside = element < K * C
-    value = sum_shares(products, shares, K * C, element, K * C, BLOCK_S, BLOCK_E)
+    columns = tl.cdiv(C, BLOCK_C)
+    row, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    cols = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    value = sum_shares(products + row * C, shares, K * C, cols, C, BLOCK_S, BLOCK_C)
     if total is not None:
-        row, col = element // C, element % C
-        along = sum_shares(sums, shares, K, row, K, BLOCK_S, BLOCK_E)
+        one = tl.arange(0, 1)
+        along = sum_shares(sums + row, shares, K, one, 1, BLOCK_S, 1)
         if mean is not None:
-            value -= along * tl.load(mean + col, mask=inside)
-        tl.store(total + row, along, mask=inside & (col == 0))
-    tl.store(result + element, value, mask=inside)
+            value -= along * tl.load(mean + cols, mask=cols < C)
+        if column == 0:
+            tl.store(total + row + one, along)
+    tl.store(result + row * C + cols, value, mask=cols < C)
 
 
 def outer_product(g: Grad, a: Act, mean: Tensor | None, sums: bool) -> tuple[Tensor, Tensor | None]:
@@ -99,8 +101,9 @@ def merge_products(products: Tensor, sums: Tensor | None, mean: Tensor | None) -
     """Sums over shares of products [shares, K, C], less sum(g) mean.T if a mean is given, and of sums [shares, K]."""
     shares, outer, inner = products.shape
     result, total = products.new_empty((outer, inner)), None if sums is None else products.new_empty(outer)
+    block, width = merging_tile(shares, inner)
     launch(
-        _merge, -(-result.numel() // 64), products, products, sums, mean, result, total, shares, outer, inner,
-        BLOCK_S=32, BLOCK_E=64, num_warps=4,
+        _merge, outer * -(-inner // width), products, products, sums, mean, result, total, shares, outer, inner,
+        BLOCK_S=block, BLOCK_C=width, num_warps=4,
     )
     return result, total

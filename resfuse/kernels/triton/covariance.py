@@ -17,7 +17,7 @@ from torch import Tensor
 from ..interface import Act
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import BLOCK_S
+from ._moments import BLOCK_S, merging_tile
 from ._tiles import as_read, load_act, row_starts
 
 
@@ -92,24 +92,23 @@ def _merge_covariance(
     mean,  # [C] float32
     cov,  # [C, C] float32
     shares, rows_each, M, C,
-    TILE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    element = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    row, col = element // C, element % C
-    below = row // TILE > col // TILE
-    row, col = tl.where(below, col, row), tl.where(below, row, col)
-    inside = element < C * C
-    left, right = tl.load(mean + row, mask=inside), tl.load(mean + col, mask=inside)
-    total = tl.zeros((BLOCK_S, BLOCK_E), tl.float32)
+    columns = tl.cdiv(C, BLOCK_C)
+    row, cols = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK_C + tl.arange(0, BLOCK_C)
+    # Of tiles below the diagonal there is the one across.
+    at = squares + tl.where(row // TILE > cols // TILE, cols * C + row, row * C + cols)[None, :]
+    left, right = tl.load(mean + row), tl.load(mean + cols, mask=cols < C)
+    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
     for first in range(0, shares, BLOCK_S):
         share = first + tl.arange(0, BLOCK_S)
         count = tl.minimum(M - share * rows_each, rows_each).to(tl.float32)
-        held = (share < shares)[:, None] & inside[None, :]
-        x = tl.load(means + share[:, None] * C + row[None, :], mask=held, other=0.0) - left[None, :]
-        y = tl.load(means + share[:, None] * C + col[None, :], mask=held, other=0.0) - right[None, :]
-        at = squares + share.to(tl.int64)[:, None] * C * C + (row * C + col)[None, :]
-        total += tl.where(held, tl.load(at, mask=held, other=0.0) + x * y * count[:, None], 0.0)
-    tl.store(cov + element, tl.sum(total, 0) / M, mask=inside)
+        held = (share < shares)[:, None] & (cols < C)[None, :]
+        x = (tl.load(means + share * C + row, mask=share < shares, other=0.0) - left)[:, None]
+        y = tl.load(means + share[:, None] * C + cols[None, :], mask=held, other=0.0) - right[None, :]
+        own = tl.load(at + share.to(tl.int64)[:, None] * C * C, mask=held, other=0.0)
+        total += tl.where(held, own + x * y * count[:, None], 0.0)
+    tl.store(cov + row * C + cols, tl.sum(total, 0) / M, mask=cols < C)
 
 
 def covariance(a: Act) -> tuple[Tensor, Tensor]:
@@ -132,8 +131,9 @@ def covariance(a: Act) -> tuple[Tensor, Tensor]:
         _merge_means, -(-channels // 16), x, means, mean, shares, rows_each, count, channels, BLOCK_S=BLOCK_S,
         BLOCK_C=16, num_warps=4,
     )
+    block, width = merging_tile(shares, channels)
     launch(
-        _merge_covariance, -(-cov.numel() // 32), x, means, squares, mean, cov, shares, rows_each, count, channels,
-        TILE=tile.channels, BLOCK_S=32, BLOCK_E=32, num_warps=4,
+        _merge_covariance, channels * -(-channels // width), x, means, squares, mean, cov, shares, rows_each, count,
+        channels, TILE=tile.channels, BLOCK_S=block, BLOCK_C=width, num_warps=4,
     )
     return mean, cov
