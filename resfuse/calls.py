@@ -63,15 +63,17 @@ class Form(NamedTuple):
     """
 
     kind: str
-    rows: int | None = None
+    rows: float | None = None
     few: int = 0
 
     def __str__(self) -> str:
+        if self.rows == cost.NEVER:
+            return RECOMPUTE
         return self.kind if self.rows is None else f"{self.kind} from {self.rows} rows"
 
     def at(self, rows: int, batch: bool) -> str:
         """The form for a number of rows, with batch or constant statistics."""
-        if self.rows is None or not batch or rows >= self.rows:
+        if self.rows is None or not batch or (self.rows != cost.NEVER and rows >= self.rows):
             return self.kind
         return KEEP if rows < self.few else RECOMPUTE
 
@@ -96,10 +98,15 @@ def forms(convs: Sequence[ConvBN | Conv], shortcut: ConvBN | Conv | None) -> lis
         if isinstance(c, Conv):
             found.append(Form(COVARIANCE if pointwise and c.groups == 1 and whole else LINEAR))
         elif whole and cost.has_covariance_form(tuple(kernel), c.padding, c.groups, in_, out):
-            found.append(Form(COVARIANCE, cost.covariance_rows(in_, out, macs), cost.few_rows(in_)))
+            found.append(_covariance_form(in_, out, macs, c.weight.is_cuda))
         else:
             found.append(Form(RECOMPUTE if pointwise and out >= in_ * c.groups else KEEP))
     return found
+
+
+def _covariance_form(in_: int, out: int, macs: int, gpu: bool) -> Form:
+    rows = cost.gpu_covariance_rows(in_, out) if gpu else cost.covariance_rows(in_, out, macs)
+    return Form(COVARIANCE, rows, cost.few_rows(in_))
 
 
 def block(

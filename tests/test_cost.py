@@ -3,7 +3,7 @@
 import pytest
 import units
 
-from resfuse import functional
+from resfuse import calls, functional
 from resfuse.functions import cost
 
 
@@ -47,6 +47,20 @@ def test_forms_of_the_family():
     form = functional.forms([three, wide], None)[1]
     assert form.at(form.rows, True) == "covariance" == form.at(1, False) and form.at(form.rows - 1, True) == "recompute"
     assert form.few == 32 and form.at(32, True) == "recompute" and form.at(31, True) == "keep"
+
+
+def test_on_a_gpu_small_products_cost_more():
+    """ResNet-50's blocks at batch 256: rows of each stage and of the shortcut that begins it."""
+    stages = {(64, 256): 802816, (128, 512): 200704, (256, 1024): 50176, (512, 2048): 12544}
+    taken = [rows >= cost.gpu_covariance_rows(*channels) for channels, rows in stages.items()]
+    assert taken == [True, True, True, False]
+    assert cost.gpu_covariance_rows(256, 512) < 200704 and cost.gpu_covariance_rows(512, 1024) == cost.NEVER
+
+
+def test_a_form_that_never_pays_serves_constant_statistics():
+    form = calls.Form("covariance", cost.NEVER, 32)
+    assert str(form) == "recompute" == form.at(10**9, True) and form.at(31, True) == "keep"
+    assert form.at(31, False) == "covariance"
 
 
 def test_only_widening_pointwise_convolutions_have_the_form():

@@ -4,6 +4,9 @@ It saves the convolution's output in both directions and costs, whatever the bat
 (W @ cov and Q) besides the covariance itself. It is taken from `covariance_rows` rows on; below that the output is
 recomputed in backward from the activation that is kept anyway, which saves as much and costs one more product. Below
 `few_rows` the output is so small beside what training holds for the weights that it is kept.
+
+A GPU moves tensors quickly beside what it takes for small products, so there the form has to pay for itself in time:
+`gpu_covariance_rows`.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 
 # The share of a block's arithmetic (forward + backward) that the two K*C^2 products may take.
 PRODUCTS_SHARE = 0.05
+NEVER = math.inf
 
 
 def covariance_rows(in_channels: int, out_channels: int, block_macs: int) -> int:
@@ -23,6 +27,21 @@ def covariance_rows(in_channels: int, out_channels: int, block_macs: int) -> int
     products = 2 * out_channels * in_channels**2
     # A covariance of C channels from fewer than a few C rows costs more than it tells.
     return max(4 * in_channels, math.ceil(products / per_row))
+
+
+# Of ResNet-50's blocks in bfloat16 on an H100, in units of the time that one value takes to be read or written: passes
+# over the output that the form spares, and what a multiply-add costs in the covariance and in the product with q, which
+# every row has, and in W @ cov and Q, which are taken once.
+WIDE_PASSES = 6
+ROW_PRODUCT, WEIGHT_PRODUCT = 0.04, 0.5
+
+
+def gpu_covariance_rows(in_channels: int, out_channels: int) -> float:
+    """Rows M from which the covariance form is the faster one on a GPU, NEVER where it is for none."""
+    each = WIDE_PASSES * out_channels - ROW_PRODUCT * in_channels**2
+    if each <= 0:
+        return NEVER
+    return max(4 * in_channels, math.ceil(WEIGHT_PRODUCT * out_channels * in_channels**2 / each))
 
 
 def few_rows(in_channels: int) -> int:
