@@ -9,6 +9,7 @@ from units import bottleneck as random_bottleneck
 
 import resfuse
 from resfuse.functional import bottleneck, conv_bn_add_relu, preactivation
+from resfuse.functions import cost
 from resfuse.kernels import dispatch, measured
 from resfuse.kernels.eager._rows import round_to_tf32
 from resfuse.kernels.interface import Geometry, Masked, Norm, Stats, Sum, Unsupported, Want
@@ -23,6 +24,7 @@ if unavailable():
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
+from resfuse.kernels.triton import _table  # noqa: E402
 from resfuse.kernels.triton._launch import launch  # noqa: E402
 from resfuse.kernels.triton._moments import fewer_shares, merge_moments  # noqa: E402
 from resfuse.kernels.triton._operands import View  # noqa: E402
@@ -72,6 +74,21 @@ def test_blocks_whose_windows_are_ours(name, mode, gpu, monkeypatch):
     with triton_kernels(monkeypatch, gpu=gpu, windows=True) as running:
         comparison.check_case(cases.CASES[name], fuse, MODES[mode], range(5), kinks=False)
     assert {"_conv_window", "_conv_window_dgrad", "_conv_window_wgrad"} <= set(running.launches)
+
+
+@pytest.mark.parametrize("rows", [1, 10**9], ids=["covariance", "recomputed"])
+@pytest.mark.parametrize("name", ["small-identity", "small-strided", "small-preact-bottleneck"])
+def test_blocks_whose_recipes_are_written_first(name, rows, runner, monkeypatch):
+    """As on a GPU where that was measured to be quicker; the operands of products are tensors then."""
+    asked, tile = set(), _table.tile
+    monkeypatch.setattr(_table, "written_first", lambda *_: True)
+    monkeypatch.setattr(_table, "tile", lambda primitive, *rest: (asked.add(primitive), tile(primitive, *rest))[1])
+    monkeypatch.setattr(cost, "covariance_rows", lambda *_: rows)
+    monkeypatch.setattr(cost, "gpu_covariance_rows", lambda *_: rows)
+    comparison.check_case(cases.CASES[name], fuse, MODES["autocast-bfloat16"], range(5), kinks=False)
+    wanted = {"outer_product", "conv_backward", *(["expand_dgrad"] if rows == 1 else [])}
+    wanted -= {"conv_backward"} if name == "small-strided" else set()  # its addend is strided
+    assert {f"{primitive} of tensors" for primitive in wanted} <= asked
 
 
 @pytest.mark.gpu

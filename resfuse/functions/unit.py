@@ -99,7 +99,7 @@ def sampled(a: Act, stride: tuple[int, int]) -> Act:
         return a
     sh, sw = stride
     if isinstance(a, Norm):
-        return a._replace(z=a.z[:, :, ::sh, ::sw])
+        return a._replace(z=a.z[:, :, ::sh, ::sw], y=None)
     return a[:, :, ::sh, ::sw]
 
 
@@ -117,7 +117,7 @@ def forward(kernels, unit: Unit, t: Tensors, a: Act, dtype: torch.dtype) -> tupl
     """The unit's output as a recipe without activation, its batch statistics (None if constant), what to keep."""
     measured = input_mean = cov = z = None
     if unit.form == COVARIANCE:
-        a = sampled(a, unit.geometry.stride)
+        a = kernels.prepare(sampled(a, unit.geometry.stride), t.weight.shape[0])
         if unit.batch:
             input_mean, cov = kernels.covariance(a)
             measured = kernels.expand_stats(matrix(t.weight, dtype), input_mean, cov)
@@ -204,7 +204,7 @@ def backward_covariance(
     a: the input activation, all of it; with a stride the gradient comes as `Strided`. needs: a flag per parameter.
     """
     stride = unit.geometry.stride
-    a = sampled(a, stride)
+    a = kernels.prepare(sampled(a, stride), t.weight.shape[0])
     weight = matrix(t.weight, dtype_of(a))
     affine = Affine(kept.scale, kept.shift, kept.invstd)
     wg = kernels.scale_weight(weight, affine.scale)

@@ -10,7 +10,9 @@ from .interface import Act, BNGrad, Grad, Masked, Norm, Padded, Second, Stats, S
 
 def act(a: Act) -> tuple:
     """(x, x_scale, x_shift, x_relu)."""
-    return tuple(a) if isinstance(a, Norm) else (a, None, None, False)
+    if not isinstance(a, Norm):
+        return a, None, None, False
+    return a[:4] if a.y is None else (a.y, None, None, False)
 
 
 def masked(g: Tensor | Masked) -> tuple:
@@ -31,7 +33,7 @@ def total(s: Sum, want: Want) -> tuple:
     if isinstance(residual, Padded):
         residual, before, _ = residual
     if isinstance(residual, Norm):
-        residual, scale, shift, relu = residual
+        residual, scale, shift, relu, _ = residual
     elif isinstance(residual, Second):
         residual, scale, shift = None, residual.scale, residual.shift
     return (

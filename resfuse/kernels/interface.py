@@ -65,12 +65,16 @@ listening = _Listening()
 
 
 class Norm(NamedTuple):
-    """The activation `act(scale * z + shift)`, rounded to z's dtype. z [N, C, H, W]; scale, shift wide [C]."""
+    """The activation `act(scale * z + shift)`, rounded to z's dtype. z [N, C, H, W]; scale, shift wide [C].
+
+    y: the same as a tensor, where a set's `prepare` has made it for products to read.
+    """
 
     z: Tensor
     scale: Tensor
     shift: Tensor
     relu: bool = True
+    y: Tensor | None = None
 
 
 class Second(NamedTuple):
@@ -258,11 +262,12 @@ class RunningUpdate(NamedTuple):
 class KernelSet(Protocol):
     """Every primitive. `docs/math.md` has the algebra; the names here are its names."""
 
-    def prepare(self, operand: Act | Grad) -> Act | Grad:
+    def prepare(self, operand: Act | Grad, outer: int = 0) -> Act | Grad:
         """The operand as this set reads it best when several primitives read it in turn.
 
-        A set whose kernels apply recipes in their prologue returns it unchanged; a set that would compute the
-        recipe at every use returns the tensor, once. `prepare` of a Tensor is that tensor.
+        outer: channels of the products that are about to read it, 0 where that is not known. A set whose kernels apply
+        recipes in their prologue returns it unchanged, or a `Norm` with its y; a set that would compute the recipe at
+        every use returns the tensor, once. `prepare` of a Tensor is that tensor.
         """
 
     def bn_stats(self, z: Tensor) -> Stats:

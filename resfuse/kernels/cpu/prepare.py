@@ -4,7 +4,7 @@ from ..interface import Act, BNGrad, Grad, Masked, Norm
 from ._operands import act, gradient
 
 
-def prepare(operand: Act | Grad) -> Act | Grad:
+def prepare(operand: Act | Grad, outer: int = 0) -> Act | Grad:
     if isinstance(operand, Norm):
         act(operand)
     elif isinstance(operand, Masked | BNGrad):

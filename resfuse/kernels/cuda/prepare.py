@@ -5,7 +5,7 @@ from ..interface import Act, BNGrad, Grad, Masked, Norm
 from ._operands import check_rows, check_views
 
 
-def prepare(operand: Act | Grad) -> Act | Grad:
+def prepare(operand: Act | Grad, outer: int = 0) -> Act | Grad:
     if isinstance(operand, Norm):
         check_views(a=operand.z)
     elif isinstance(operand, Masked | BNGrad):

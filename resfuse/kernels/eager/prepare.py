@@ -7,7 +7,7 @@ from .bn_dgrad import affine, bn_dgrad
 from .select import select
 
 
-def prepare(operand: Act | Grad) -> Tensor:
+def prepare(operand: Act | Grad, outer: int = 0) -> Tensor:
     if isinstance(operand, Norm):
         y = affine(operand.z, operand.scale, operand.shift)
         return y.relu_() if operand.relu else y

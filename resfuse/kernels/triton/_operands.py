@@ -89,14 +89,16 @@ NO_GRAD = GradArgs(*12 * (None,))
 
 
 def act(a: Act) -> ActArgs:
-    x, scale, shift, _ = a if isinstance(a, Norm) else (a, None, None, False)
+    x, scale, shift = a[:3] if isinstance(a, Norm) else (a, None, None)
+    if isinstance(a, Norm) and a.y is not None:
+        x, scale, shift = a.y, None, None
     check_stored(_launch.instead, a=x)
     return ActArgs(x, vector(scale), vector(shift), _view(x, "a"))
 
 
 def relu(a: Act) -> bool:
     """Whether the recipe rectifies."""
-    return isinstance(a, Norm) and a.relu
+    return isinstance(a, Norm) and a.relu and a.y is None
 
 
 def grad(g: Grad) -> GradArgs:

@@ -83,7 +83,8 @@ def outer_product(g: Grad, a: Act, mean: Tensor | None, sums: bool) -> tuple[Ten
     left, right = _operands.grad(g), _operands.act(a)
     x, count, outer, inner = right.x, _operands.rows(right.x), left.dout.shape[1], right.x.shape[1]
     centred = mean is not None and x.dtype == torch.float32
-    tile = _table.tile("outer_product", x.dtype, inner, arch(x), outer)
+    name = "outer_product of tensors" if isinstance(g, Tensor) and right.scale is None else "outer_product"
+    tile = _table.tile(name, x.dtype, inner, arch(x), outer)
     tiles = -(-outer // tile.rows) * -(-inner // tile.channels)
     shares, each = _table.shares(count, tile.depth, tiles, tile.shares)
     products = torch.empty((shares, outer, inner), dtype=torch.float32, device=x.device)

@@ -3,8 +3,9 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ..interface import Norm, Second, Sum, Want, Written
+from ..interface import Act, Norm, Second, Sum, Want, Written
 from . import _operands, _table
 from ._launch import arch, launch
 from ._sum import load_residual, write_sum
@@ -37,14 +38,21 @@ def _apply(
 def apply(a: Norm, total: Sum, want: Want) -> Written:
     if isinstance(total.residual, Second):
         return write(a.z, None, a.scale, a.shift, total, want)
-    args, count, channels = _operands.act(a), _operands.rows(a.z), a.z.shape[1]
+    args, count, channels = _operands.act(a._replace(y=None)), _operands.rows(a.z), a.z.shape[1]
     out = _operands.empty_rows(a.z, channels)
     mask = out.new_empty((count, -(-channels // 8)), dtype=torch.uint8) if want.mask else None
     tile = _table.tile("elements", out.dtype, channels, arch(out))
     launch(
         _apply, -(-count // tile.rows) * -(-channels // tile.channels), out, args,
         _operands.total(total, out, channels), out, _operands.words(mask, channels), count, channels, RELU=total.relu,
-        RESIDUAL_RELU=_operands.relu(total.residual), EVEN_K=channels % tile.channels == 0, BLOCK_M=tile.rows,
-        BLOCK_N=tile.channels, **tile.options,
+        RESIDUAL_RELU=isinstance(total.residual, Norm) and total.residual.relu, EVEN_K=channels % tile.channels == 0,
+        BLOCK_M=tile.rows, BLOCK_N=tile.channels, **tile.options,
     )
     return Written(out, mask)
+
+
+def materialised(a: Act) -> Tensor:
+    """The activation as a tensor."""
+    if not isinstance(a, Norm):
+        return a
+    return apply(a, Sum(relu=a.relu), Want()).out if a.y is None else a.y

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..interface import Act, Window
-from .conv_stats import materialised
+from .apply import materialised
 
 
 def avg_pool(a: Act, window: Window, count_include_pad: bool) -> Tensor:

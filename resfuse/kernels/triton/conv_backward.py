@@ -17,7 +17,9 @@ from ._launch import arch, launch
 from ._outer_product import outer_product
 from ._tiles import add_grad_product, load_grad
 from ._window import conv_window_dgrad, conv_window_wgrad
-from .conv_stats import is_product, materialised
+from .apply import materialised
+from .conv_stats import is_product
+from .prepare import prepare
 from .select import written
 
 
@@ -77,10 +79,12 @@ def conv_backward(
     if not is_product(weight, geometry) or geometry.stride != (1, 1):
         return _window(grad, a, weight, geometry, add, needs, mean)
     da = dweight = None
+    if all(needs) and isinstance(grad, Masked | BNGrad) and _table.written_first(_tensor(grad), arch(weight)):
+        grad = written(grad)
     if needs[0]:
         da = _dgrad(grad, weight.flatten(1).contiguous(), add)
     if needs[1]:
-        dweight = outer_product(grad, a, None, sums=False)[0].view(weight.shape)
+        dweight = outer_product(grad, prepare(a, weight.shape[0]), None, sums=False)[0].view(weight.shape)
     return da, dweight
 
 
@@ -92,7 +96,9 @@ def _dgrad(grad: Grad, matrix: Tensor, add: Addend) -> Tensor:
         strided = _strided(add, da)
     elif add is not None:
         beside = _operands.grad(add)
-    tile = _table.tile("conv_backward", da.dtype, channels, arch(da))
+    plain = isinstance(grad, Tensor) and strided is NOT_STRIDED  # whose addresses would spill
+    name = "conv_backward of tensors" if plain else "conv_backward"
+    tile = _table.tile(name, da.dtype, channels, arch(da))
     launch(
         _conv_dgrad, -(-count // tile.rows) * -(-channels // tile.channels), da, args, matrix, beside, strided, da,
         count, outer, channels, EVEN_K=outer % tile.depth == 0, EVEN_C=channels % tile.channels == 0,
@@ -100,6 +106,10 @@ def _dgrad(grad: Grad, matrix: Tensor, add: Addend) -> Tensor:
         **tile.options,
     )
     return da
+
+
+def _tensor(grad: Masked | BNGrad) -> Tensor:
+    return grad.z if isinstance(grad, BNGrad) else grad.dout
 
 
 def _strided(add: Strided, whole: Tensor) -> StridedArgs:

@@ -9,15 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import Act, Geometry, Norm, Stats, Sum, Want
+from ..interface import Act, Geometry, Norm, Stats
 from ..vendor import conv
 from . import _operands, _table
 from ._launch import arch, launch
 from ._moments import merge_moments, store_moments, tile_moments
 from ._tiles import add_act_product, row_starts
 from ._window import conv_window
-from .apply import apply
+from .apply import materialised
 from .bn_stats import bn_stats
+from .prepare import prepare
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -55,8 +56,8 @@ def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple
         return z, bn_stats(z) if stats else None
     (down, right), matrix = geometry.stride, weight.flatten(1).contiguous()
     if (down, right) != (1, 1):
-        a = a._replace(z=a.z[:, :, ::down, ::right]) if isinstance(a, Norm) else a[:, :, ::down, ::right]
-    args = _operands.act(a)
+        a = a._replace(z=a.z[:, :, ::down, ::right], y=None) if isinstance(a, Norm) else a[:, :, ::down, ::right]
+    args = _operands.act(prepare(a, weight.shape[0]))
     (outputs, channels), count = matrix.shape, _operands.rows(args.x)
     z = _operands.empty_rows(args.x, outputs)
     tile = _table.tile("conv_stats", z.dtype, outputs, arch(z))
@@ -73,8 +74,3 @@ def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple
 def is_product(weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution is a 1x1 without groups and padding, any stride."""
     return weight.shape[2:] == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
-
-
-def materialised(a: Act) -> Tensor:
-    """The activation as a tensor."""
-    return apply(a, Sum(relu=a.relu), Want()).out if isinstance(a, Norm) else a

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import Act, Grad, Summed
+from ..interface import Act, Grad, Norm, Summed
 from . import _operands, _table
 from ._launch import arch, launch
 from ._moments import fewer_shares, store_gradient
@@ -22,6 +22,7 @@ def _expand_dgrad(
     g,  # GradArgs [M, K], or nothing where u is given
     u,  # [M, C] float32 or storage, or None
     a,  # ActArgs [M, C]
+    y,  # [M, C] storage: a as a tensor, or None
     wg,  # [K, C] storage
     q, q_scale, c,  # [C, C] storage, one float32, [C] float32; or None
     mean,  # [C] float32, or None
@@ -41,7 +42,10 @@ def _expand_dgrad(
         tl.assume(C > 0)
         for k in range(0, C, BLOCK_K):
             depth = k + tl.arange(0, BLOCK_K)
-            t = load_act(a, starts, depth, inside, C, A_RELU, EVEN_DEPTH)
+            if y is not None:
+                t = load_tile(y, index.to(tl.int64) * C, depth, inside, C, EVEN_DEPTH)
+            else:
+                t = load_act(a, starts, depth, inside, C, A_RELU, EVEN_DEPTH)
             w = load_weight(q, depth, cols, C, C, EVEN_DEPTH, EVEN_C)
             acc = tl.dot(as_read(t, PRECISION), as_read(w, PRECISION), acc, input_precision=PRECISION)
         acc *= -tl.load(q_scale)
@@ -66,18 +70,20 @@ def expand_dgrad(
     g: Grad, u: Tensor | None, a: Act, wg: Tensor,
     q: Tensor | None, q_scale: Tensor | None, c: Tensor | None, relu: bool, mean: Tensor | None,
 ) -> Tensor | Summed:
-    args, outer = _operands.act(a), wg.shape[0]
+    y = a.y if isinstance(a, Norm) else None
+    args, outer = _operands.act(a if y is None else a._replace(y=None)), wg.shape[0]
     count, channels = _operands.rows(args.x), args.x.shape[1]
-    _operands.check_rows(u=u)
+    _operands.check_rows(u=u, y=y)
     da = _operands.empty_rows(args.x, channels)
-    tile = _table.tile("expand_dgrad", da.dtype, channels, arch(da))
+    name = "expand_dgrad" if y is None and args.scale is not None else "expand_dgrad of tensors"
+    tile = _table.tile(name, da.dtype, channels, arch(da))
     blocks, columns = -(-count // tile.rows), -(-channels // tile.channels)
     summed = mean is not None and args.scale is not None
     partial = torch.empty((blocks, 2, channels), dtype=torch.float32, device=da.device) if summed else None
     launch(
-        _expand_dgrad, blocks * columns, da, _operands.grad(g) if u is None else _operands.NO_GRAD, u, args, wg, q,
-        q_scale, c, mean if summed else None, da, partial, count, outer, channels,
-        A_RELU=_operands.relu(a), RELU=relu, EVEN_K=outer % tile.depth == 0,
+        _expand_dgrad, blocks * columns, da, _operands.grad(g) if u is None else _operands.NO_GRAD, u, args, y, wg,
+        q, q_scale, c, mean if summed else None, da, partial, count, outer, channels,
+        A_RELU=isinstance(a, Norm) and a.relu, RELU=relu, EVEN_K=outer % tile.depth == 0,
         EVEN_C=channels % tile.channels == 0, EVEN_DEPTH=channels % tile.depth == 0,
         PRECISION=_operands.precision(da), BLOCK_M=tile.rows, BLOCK_N=tile.channels, BLOCK_K=tile.depth,
         **tile.options,
