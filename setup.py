@@ -5,8 +5,9 @@ RESFUSE_CUDA=0|1|auto     1 builds the CUDA kernels or stops; auto (the default)
 TORCH_CUDA_ARCH_LIST      overrides the GPU architectures, as in torch's own extensions.
 RESFUSE_SANITIZE=1        builds the operators with the address and undefined-behaviour sanitizers (`make sanitize`).
 
-Two shared objects: `_ops.so`, operators without a Python symbol, and `_C`, a small pybind11 module of build facts.
-`_build.json` beside them records what they were built for; `resfuse/_native.py` reads it before it loads anything.
+Two shared objects: `_ops.so`, operators without a Python symbol, and `_C`, a small pybind11 module of build facts and
+kernel launches. `_build.json` beside them records what they were built for; `resfuse/_native.py` reads it before it
+loads anything.
 """
 
 import hashlib
@@ -70,7 +71,7 @@ def cuda_plan(torch) -> tuple[list[str], str | None]:
 
 
 def pybind11_include() -> tuple[str | None, str | None]:
-    """pybind11's headers, or the reason why the module of build facts is left out."""
+    """pybind11's headers, or the reason why the module `_C` is left out."""
     try:
         import pybind11
     except ImportError:
@@ -115,9 +116,10 @@ def extensions(archs: list[str], pybind11: str | None) -> list[Extension]:
         return [ops]
     module = Extension(
         "resfuse._C",
-        sources("module.cpp"),
+        sources("module.cpp", "launches.cpp"),
         include_dirs=[pybind11],
         extra_compile_args={"cxx": CXX_FLAGS},
+        libraries=["dl"],  # a part of libc only since glibc 2.34
         language="c++",
     )
     return [ops, module]
@@ -190,7 +192,7 @@ def native_arguments() -> dict:
                     return
             written.unlink(missing_ok=True)  # an interrupted build leaves no record
             super().run()
-            for what, why in (("the CUDA kernels", cuda_why), ("the module of build facts", module_why)):
+            for what, why in (("the CUDA kernels", cuda_why), ("the module of build facts and launches", module_why)):
                 if why:
                     print(f"resfuse: {what} left out: {why}")
             commit = output_of("git", "rev-parse", "HEAD")

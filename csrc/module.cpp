@@ -1,5 +1,5 @@
-// The Python module resfuse._C: what the compiler saw. It needs nothing of torch, and no kernel needs it.
-#include <pybind11/pybind11.h>
+// The Python module resfuse._C: what the compiler saw, and launches in batches. It needs nothing of torch.
+#include "launches.h"
 
 namespace py = pybind11;
 
@@ -17,6 +17,7 @@ py::dict build_facts() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts of resfuse's native library.";
+  m.doc() = "Build facts of resfuse's native library, and kernel launches in batches.";
   m.def("build_facts", &build_facts, "Compiler and language level.");
+  define_batch(m);
 }

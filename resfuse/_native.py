@@ -53,21 +53,26 @@ def load() -> ModuleType:
     return torch.ops.resfuse
 
 
+@cache
+def module() -> ModuleType | None:
+    """`resfuse._C`, None where it was not built."""
+    if unavailable():
+        return None
+    try:
+        return importlib.import_module("resfuse._C")
+    except ImportError:
+        return None
+
+
 def build_record() -> dict:
     """What the build wrote down; empty where there was none."""
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
 def build_facts() -> dict:
-    """The build record and, where the module of build facts exists, what the compiler itself reports."""
-    facts = build_record()
-    if unavailable():
-        return facts
-    try:
-        module = importlib.import_module("resfuse._C")
-    except ImportError:
-        return facts
-    return {**facts, **module.build_facts()}
+    """The build record and, where `_C` exists, what the compiler itself reports."""
+    compiled = module()
+    return {**build_record(), **(compiled.build_facts() if compiled else {})}
 
 
 def _describe(build: dict) -> str:

@@ -124,11 +124,11 @@ def test_up_to_date_library_is_kept_and_a_failed_build_leaves_no_record(tree):
 @pytest.fixture
 def fresh_native():
     """The module's answers are cached; forget them before and after."""
-    _native.unavailable.cache_clear()
-    _native.load.cache_clear()
+    for cached in (_native.unavailable, _native.load, _native.module):
+        cached.cache_clear()
     yield
-    _native.unavailable.cache_clear()
-    _native.load.cache_clear()
+    for cached in (_native.unavailable, _native.load, _native.module):
+        cached.cache_clear()
 
 
 @needs_library

@@ -11,8 +11,9 @@ from units import TRITON, activation, triton_kernels
 
 import resfuse
 from resfuse.functional import conv_bn_add_relu
-from resfuse.functions import replay
+from resfuse.functions import replay, source
 from resfuse.functions.notes import Notes
+from resfuse.functions.source import Source
 from resfuse.kernels import dispatch
 from resfuse.testing.cases import CASES, make_block, make_gradient, make_input
 
@@ -142,13 +143,13 @@ def test_what_is_not_read_is_left_out_and_nothing_is_held():
 
     with Notes([x, weight]) as notes:
         result = call()
-    text = notes.source(result).text()
+    text = Source(*notes.kept(result), notes.count, notes.operands).text()
     assert text.count("dtype=") == 3, "a weight's first cast is made once"
     assert "(100,)" not in text, "what is not read is left out"
     made = re.findall(r"(v\d+_\d+) = ", text)
     dead = re.findall(r"v\d+_\d+", " ".join(re.findall(r"del (.*)", text)))
     assert len(made) == 8 and set(dead) == set(made[:-1]), "all but the result are dropped"
-    again = notes.steps(result)
+    again = source.steps(notes, result)
     assert all(map(torch.equal, again(None, x, weight), call()))
 
 

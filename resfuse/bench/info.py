@@ -50,7 +50,8 @@ def missing(device: torch.device) -> list[Reason]:
     found = list(_native.unavailable())
     facts = _native.build_facts()
     if facts.get("module_left_out"):
-        found.append(Reason("build_facts_missing", f"no module of build facts: {facts['module_left_out']}"))
+        text = f"no module of build facts and launches in batches: {facts['module_left_out']}"
+        found.append(Reason("module_missing", text))
     if not torch.cuda.is_available():
         built = "torch sees none" if torch.version.cuda else "this torch is built without CUDA"
         found.append(Reason("gpu_missing", f"no GPU: {built}; the CPU's kernel sets serve"))

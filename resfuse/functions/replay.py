@@ -2,8 +2,9 @@
 
 A block's forward comes down to some allocations, operators and kernel launches, which depend on what is static in the
 call and on the operands' sizes, strides and dtypes alone. The first call of a kind runs as it is; the second is noted
-while it runs (`notes.py`); later ones do what was noted, in a function that is generated from the notes. The same
-kernels get the same operands, so results are the same bits; a host spends a fraction of the time.
+while it runs (`notes.py`); later ones do what was noted, in a function that is generated from the notes
+(`source.py`). The same kernels get the same operands, so results are the same bits; a host spends a fraction of the
+time.
 
 A call that reads a tensor which is neither an operand nor made on the way, or a value that a tensor holds, cannot be
 noted, and runs as it is for good.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import nvidia
+from . import source
 from .notes import Notes
 
 DEVICES = ("cuda",)  # where what a host spends on a call matters: a CPU's kernels are the host's own time
@@ -50,7 +52,7 @@ def run(
     if steps is SEEN:
         with Notes(tensors) as notes:
             result = call()
-        k.replays[key] = notes.steps(result) or NEVER
+        k.replays[key] = source.steps(notes, result) or NEVER
         return result
     if steps is NEVER:
         return call()

@@ -42,14 +42,26 @@ class Unsupported(NotImplementedError):
         super().__init__("; ".join(f"{r.code}: {r.text}" for r in self.reasons))
 
 
+class Native(NamedTuple):
+    """A launch as a driver takes it. Several in a row are made by batch([(*launch, parameters), ...]), which is called
+    with the current stream's address and those of memory: a parameter is the bytes of a constant or, where here a
+    tensor is, (index of an address, offset in bytes)."""
+
+    batch: Callable[[list[tuple]], Callable[..., None]]
+    launch: tuple
+    parameters: tuple[bytes | Tensor, ...]
+
+
 class Started(NamedTuple):
     """How a kernel that is no operator of torch's dispatcher is started again: function(*fixed, *operands), with the
-    current stream's address for STREAM and, where `addresses`, those of the operands' memory for them."""
+    current stream's address for STREAM and, where `addresses`, those of the operands' memory for them. native: the same
+    where it can be one of a batch."""
 
     function: Callable
     fixed: tuple
     operands: tuple
     addresses: bool
+    native: Native | None = None
 
 
 class _Listening(threading.local):

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from typing import Protocol
 
 import torch
 import triton
 from torch import Tensor
 
-from ..interface import STREAM, Started, listening
+from ... import _native
+from ..interface import STREAM, Native, Started, listening
 
-# Whether this Triton's compiled kernels are run with the arguments that `_started` gives, as was seen on a GPU.
+# Whether this Triton's compiled kernels are run with the arguments that `_started` gives, as was seen on a GPU, and
+# have the parameters that `parameters` gives, as is read in its launchers' source (`tests/test_launch_parameters.py`).
 RUNS_COMPILED = triton.__version__.startswith("3.6.")
+# How a parameter lies in memory, by its type in a signature.
+STORED = {
+    "i1": ctypes.c_int8, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32, "i64": ctypes.c_int64,
+    "u1": ctypes.c_uint8, "u8": ctypes.c_uint8, "u16": ctypes.c_uint16, "u32": ctypes.c_uint32, "u64": ctypes.c_uint64,
+    "fp32": ctypes.c_float, "fp64": ctypes.c_double,
+}  # fmt: skip
+NULL = bytes(8)
 
 
 class Instead(Protocol):
@@ -53,7 +63,43 @@ def _started(kernel: Callable, programs: int, like: Tensor, args: tuple, options
         return Started(again, (), (like, *args), False)
     fixed = (programs, 1, 1, STREAM, compiled.function, compiled.packed_metadata, None, None, None)
     operands = (*args, *(options[name] for name in kernel.arg_names[len(args) :]))
-    return Started(compiled.run, fixed, operands, True)
+    return Started(compiled.run, fixed, operands, True, _described(compiled, programs, like.device.index, operands))
+
+
+def _described(compiled, programs: int, device: int, operands: tuple) -> Native | None:
+    """None where a launch takes more than a grid, a block and parameters."""
+    made, is_, module = parameters(compiled, operands), compiled.metadata, _native.module()
+    more = is_.num_ctas != 1 or is_.launch_cooperative_grid or is_.launch_pdl
+    if module is None or made is None or more or programs == 0:
+        return None
+    launch = compiled, compiled.name, compiled.function, (programs, 1, 1), 32 * is_.num_warps, is_.shared
+    return Native(partial(module.Batch, device), launch, made)
+
+
+def parameters(compiled, operands: Iterable) -> tuple[bytes | Tensor, ...] | None:
+    """What the kernel's launcher hands to the driver: the operands, in order, tuples one part after the other, without
+    what the kernel was compiled for (a constexpr, None, 1), and two scratch memories. None where it is more than that.
+    """
+    if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
+        return None
+    made = []
+    for kind, value in _flat(tuple(compiled.src.signature.values()), operands):
+        if kind.startswith("*"):
+            made.append(value)
+        elif kind in STORED:
+            made.append(bytes(STORED[kind](value)))
+        elif kind != "constexpr":  # a tensor's descriptor
+            return None
+    return (*made, NULL, NULL)
+
+
+def _flat(kind, value) -> Iterator[tuple[str, object]]:
+    """Types of a signature with their values."""
+    if isinstance(kind, tuple):
+        for each in zip(kind, value, strict=True):
+            yield from _flat(*each)
+    else:
+        yield kind, value
 
 
 def arch(like: Tensor) -> int:
