@@ -140,10 +140,6 @@ TABLE = {
         Rule(Tile(64, 64, 0, 4, 1, "128 bytes a row in 16 bits; 32 values a thread in flight"), None, 64),
         Rule(Tile(32, 128, 0, 4, 1, "256 bytes a row in 16 bits; 32 values a thread in flight")),
     ),
-    "max_pool_backward": (
-        Rule(Tile(32, 32, 0, 4, 1, FEW), None, 32),
-        Rule(Tile(64, 64, 0, 8, 1, "16 values a thread: windows in flight, and half as many shares of the sums")),
-    ),
     "max_pool": (
         Rule(Tile(32, 32, 0, 4, 1, FEW), None, 32),
         Rule(Tile(32, 64, 0, 8, 1, "the address of each tap in registers: 8 values a thread")),
