@@ -51,8 +51,16 @@ def test_the_gpu_table_is_what_its_results_file_gives():
     assert results["command"] in text and results["environment"]["device"] in text
     for each in results["tests"]:
         assert f"{each['passed']} passed" in text
-    for sides in (results["resnet50"]["eager"], results["resnet50"]["resfuse"]):
-        assert all(f"{value:g}" in text for value in sides.values())
+    for side in ("eager", "resfuse"):
+        row = results["resnet50"][side]
+        spreads = [v for v in row.values() if isinstance(v, dict) and "median" in v]
+        for v in spreads:
+            assert f"{v['median']:g} ({v['low']:g}-{v['high']:g})" in text
+        assert len(spreads) == 3 and all(f"{row[name]:g}" in text for name in ("device_ms", "peak_gib", "loss", "kernels"))
+    assert results["resnet50"]["command"] in text
+    for name in ("step_ms", "graph_ms"):
+        ours, theirs = (results["resnet50"][side][name]["median"] for side in ("resfuse", "eager"))
+        assert f"{theirs / ours:.2f}x" in text and f"{round(256e3 / ours, -1):,.0f}" in text
 
 
 def test_the_figure_exists_and_is_named():

@@ -1,8 +1,8 @@
 """bn_relu_max_pool_backward: dout to where the maxima were, then BatchNorm's backward under its ReLU.
 
 Each input pixel gathers from the windows that may hold it, `lines` x `columns` of them, in a fixed order. Reads dout
-and argmax as often as windows overlap, mostly from a cache; writes dy. BatchNorm's sums are a pass of their own: here they
-took more registers, and so more time, than they spared (0.97 ms at ResNet-50's stem on an H100, against 0.46 + 0.32).
+and argmax as often as windows overlap, mostly from a cache; writes dy. BatchNorm's sums are a pass of their own: here
+they took more time than they spared (0.97 ms at ResNet-50's stem on an H100, against 0.46 + 0.32).
 """
 
 import torch
