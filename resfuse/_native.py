@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from .kernels import fakes
+from .kernels import fakes, flops
 from .kernels.interface import Reason, Unsupported
 
 RECORD = Path(__file__).with_name("_build.json")
@@ -50,6 +50,7 @@ def load() -> ModuleType:
     except OSError as error:
         raise Unsupported([Reason("native_load_failed", f"{LIBRARY.name} did not load: {error}")]) from error
     fakes.register("resfuse")
+    flops.register("resfuse")
     return torch.ops.resfuse
 
 
