@@ -1,0 +1,45 @@
+"""Lines 27 and 28: two processes on a CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from twins import alike
+
+HERE = Path(__file__).parent
+RANKS = 2
+
+
+def run(folder, *arguments):
+    """[ours, eager's] of each rank."""
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), str(HERE.parent)])
+    command = [sys.executable, str(HERE / "workers.py"), str(folder)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(RANKS), *arguments], env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(RANKS)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return [torch.load(folder / f"found{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name, order, how", [
+    ("small-strided", "before", "plain"), ("small-strided", "after", "accumulation"),
+    ("small-preact-bottleneck", "after", "static_graph"),
+])  # fmt: skip
+def test_27_ddp(name, order, how, tmp_path):
+    found = run(tmp_path, "ddp", name, order, how)
+    for ours, theirs in found:
+        alike(ours, theirs)
+    assert all(torch.equal(found[0][0][n], found[1][0][n]) for n in found[0][0]), "ranks differ"
+
+
+def test_28_fsdp2(tmp_path):
+    for ours, theirs in run(tmp_path, "fsdp", "small-strided"):
+        alike(ours, theirs)
