@@ -2,7 +2,9 @@
 test_compile.py and test_operators.py."""
 
 import copy
+from pathlib import Path
 
+import listing
 import pytest
 import torch
 from torch import nn
@@ -60,3 +62,8 @@ def test_34_floating_point_operations_are_counted(name):
             block(x).backward(dout)
         counts.append(counter.get_total_flops())
     assert 0.95 * counts[0] <= counts[1] <= 1.6 * counts[0], "products with covariances are few beside the others"
+
+
+def test_the_documents_list_is_these_tests():
+    page = Path(__file__).parents[2] / "docs" / "compatibility.md"
+    assert "\n".join(listing.lines()) in page.read_text()
