@@ -50,8 +50,16 @@ def load() -> ModuleType:
     except OSError as error:
         raise Unsupported([Reason("native_load_failed", f"{LIBRARY.name} did not load: {error}")]) from error
     fakes.register("resfuse")
-    flops.register("resfuse")
     return torch.ops.resfuse
+
+
+def count_operations() -> None:
+    """Give torch's flop counter the operators' formulas, if the library can be loaded."""
+    try:
+        load()
+    except Unsupported:  # others run then, and say why
+        return
+    flops.register("resfuse")
 
 
 @cache

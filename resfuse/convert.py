@@ -113,6 +113,7 @@ def fuse(
         module.__dict__["_resfuse_state"] = State(config.backend)
     if not blocks:
         warnings.warn(f"resfuse.fuse fused nothing in {type(model).__name__}; see resfuse.explain(model)", stacklevel=2)
+    dispatch.count_operations()
     return model
 
 

@@ -10,12 +10,13 @@ from functools import cache
 from math import prod
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 
 @cache
 def register(namespace: str) -> None:
     """Gives the operators of a loaded library, torch.ops.<namespace>, their formulas."""
+    from torch.utils.flop_counter import register_flop_formula  # which imports Triton: only where it is wanted
+
     for name, formula in FORMULAS.items():
         register_flop_formula(getattr(getattr(torch.ops, namespace), name))(formula)
 
