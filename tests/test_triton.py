@@ -77,7 +77,10 @@ def test_blocks_whose_windows_are_ours(name, mode, gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 10**9], ids=["covariance", "recomputed"])
-@pytest.mark.parametrize("name", ["small-identity", "small-strided", "small-preact-bottleneck"])
+@pytest.mark.parametrize(
+    "name",
+    ["small-identity", *(pytest.param(f"small-{n}", marks=pytest.mark.slow) for n in ("strided", "preact-bottleneck"))],
+)
 def test_blocks_whose_recipes_are_written_first(name, rows, runner, monkeypatch):
     """As on a GPU where that was measured to be quicker; the operands of products are tensors then."""
     asked, tile = set(), _table.tile
