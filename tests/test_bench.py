@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 import resfuse
+from benchmarks import train_step
 from resfuse.bench import command, gate, info, verify
 from resfuse.bench.implementations import EAGER, IMPLEMENTATIONS, RESFUSE, Implementation
 from resfuse.bench.photographs import photographs
@@ -181,6 +182,13 @@ def test_the_gpu_command_runs_its_parts(tmp_path):
     assert {row["set"] for row in rows} == {"eager", "auto"} and all(row["error"] < 0.02 for row in rows)
     assert all(row["copy_share"] > 0 for row in rows if row["bytes"])
     assert "blocks: ok" in done.stdout
+
+
+def test_a_train_step_is_timed():
+    """On a CPU: what needs no GPU of it."""
+    found = train_step.measure("resnet18", 2, 32, torch.device("cpu"), rounds=2, row=1)
+    assert set(found) == {"eager", "resfuse"} and abs(found["eager"]["loss"] - found["resfuse"]["loss"]) < 0.5
+    assert all(row["step_ms"]["low"] <= row["step_ms"]["median"] <= row["step_ms"]["high"] for row in found.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has_gpu: this is about machines without one")
