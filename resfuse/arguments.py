@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .kernels.interface import Geometry, Window
@@ -23,7 +24,8 @@ class BN(NamedTuple):
 
     gamma, beta, running_mean, running_var [C] or None; num_batches_tracked a 0-d integer tensor or None. training: take
     the batch's statistics and, where there are buffers, update them. Without running statistics the batch's are taken
-    whatever `training` says. momentum None: cumulative average.
+    whatever `training` says. momentum None: cumulative average. group: the processes, more than one, that share batch
+    statistics in training, as torch.nn.SyncBatchNorm does; None: this one has its own.
     """
 
     gamma: Tensor | None = None
@@ -34,6 +36,7 @@ class BN(NamedTuple):
     eps: float = 1e-5
     momentum: float | None = 0.1
     training: bool = True
+    group: dist.ProcessGroup | None = None
 
     @property
     def batch(self) -> bool:
@@ -61,6 +64,7 @@ class ConvBN(NamedTuple):
     eps: float = 1e-5
     momentum: float | None = 0.1
     training: bool = True
+    group: dist.ProcessGroup | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -82,13 +86,11 @@ class Conv(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
+    batch, group = False, None  # no BatchNorm
+
     @property
     def geometry(self) -> Geometry:
         return Geometry(self.stride, self.padding, self.dilation, self.groups)
-
-    @property
-    def batch(self) -> bool:
-        return False
 
 
 class Pooled(NamedTuple):
@@ -175,9 +177,9 @@ def pooled_shape(shape: torch.Size, window: Window, name: str) -> torch.Size:
     return torch.Size((*shape[:2], *spatial))
 
 
-def check_values_per_channel(shape: torch.Size) -> None:
+def check_values_per_channel(c: BN | ConvBN | Conv, shape: torch.Size) -> None:
     """torch's own error for batch statistics of one value."""
-    if shape[0] * shape[2] * shape[3] == 1:
+    if c.batch and c.group is None and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from .kernels.interface import Stats, Window, wide
 # Raised out of a checkpointed recomputation once its tensors are back; a private name, so perhaps not in every torch.
 _StopRecomputation = getattr(checkpoint, "_StopRecomputationError", ())
 SMALL_SAMPLE = 1 << 15  # values
+UNBIASED = 1 << 62  # so many values that n / (n - 1) is 1: of a variance that is unbiased already
 
 
 def bn_relu(
@@ -38,8 +40,7 @@ def bn_relu(
     arguments.check_plain(x, "x")
     shape = arguments.check_parts([x])
     arguments.check_tensors(x, x.dtype, bn, shape[1], "bn")
-    if bn.batch:
-        arguments.check_values_per_channel(shape)
+    arguments.check_values_per_channel(bn, shape)
     if pool is not None:
         arguments.pooled_shape(shape, pool, "pool")
         if math.prod(pool.size) > 255:
@@ -48,7 +49,7 @@ def bn_relu(
     layout = torch.channels_last if _suggests_channels_last(x) else torch.contiguous_format
     inside = _inside(x, shape, layout)
     spec = PoolSpec(
-        Unit(None, bn.eps, bn.batch, KEEP), pool, _running(bn, _rows(shape)), [], backend,
+        Unit(None, bn.eps, bn.batch, KEEP, bn.group), pool, _running(bn, _rows(shape)), [], backend,
         _differentiable([x, *tensors]), inside, layout, steps,
     )
     mean, var = _known(stats, bn, x, x.dtype, shape[1])
@@ -97,7 +98,7 @@ def forms(convs: Sequence[ConvBN | Conv], shortcut: ConvBN | Conv | None) -> lis
         whole = c is not convs[-1] or len(convs) == 1 or c.stride == (1, 1)
         if isinstance(c, Conv):
             found.append(Form(COVARIANCE if pointwise and c.groups == 1 and whole else LINEAR))
-        elif whole and cost.has_covariance_form(tuple(kernel), c.padding, c.groups, in_, out):
+        elif whole and c.group is None and cost.has_covariance_form(tuple(kernel), c.padding, c.groups, in_, out):
             found.append(_covariance_form(in_, out, macs, c.weight.is_cuda))
         else:
             found.append(Form(RECOMPUTE if pointwise and out >= in_ * c.groups else KEEP))
@@ -187,16 +188,21 @@ _settled_calls: dict[tuple, Settled] = {}
 MOST_SETTLED = 1024
 
 
-def _settled_before(parts: list[Tensor], dtype: torch.dtype, bn: BN | None, convs, shortcut, *rest) -> Settled:
+def _settled_before(
+    parts: list[Tensor], dtype: torch.dtype, bn: BN | None, convs, shortcut, kind: str, projection
+) -> Settled:
     """`_settled`, looked up: the checks of one kind of call are made once."""
+    settle = partial(_settled, parts, dtype, bn, convs, shortcut, kind, projection)
+    if any(c is not None and c.group for c in (bn, *convs, projection)):  # a process group may end: it is not kept here
+        return settle()
     autocast = torch.is_autocast_enabled(parts[0].device.type)
     key = dtype, autocast, _kind(parts), _kind(bn), _kind(convs), _kind(shortcut)
     try:
         found = _settled_calls.get(key)
     except TypeError:  # a setting that cannot be a key: a list, say
-        return _settled(parts, dtype, bn, convs, shortcut, *rest)
+        return settle()
     if found is None:
-        found = _settled(parts, dtype, bn, convs, shortcut, *rest)
+        found = settle()
         if len(_settled_calls) >= MOST_SETTLED:
             _settled_calls.clear()
         _settled_calls[key] = found
@@ -221,7 +227,7 @@ def _settled(
     rows = list(map(_rows, shapes))
     outer = [] if projection is None else [projection]
     units = [
-        Unit(c.geometry, getattr(c, "eps", None), c.batch, form.at(count, c.batch))
+        Unit(c.geometry, getattr(c, "eps", None), c.batch, form.at(count, c.batch), c.group)
         for c, form, count in zip((*convs, *outer), forms(convs, projection), rows, strict=True)
     ]
     channels_last = all(map(_suggests_channels_last, parts)) or any(_suggests_channels_last(c.weight) for c in convs)
@@ -229,7 +235,7 @@ def _settled(
     return Settled(
         channels=shape[1],
         out=shapes[len(convs) - 1],
-        norm=None if bn is None else Unit(None, bn.eps, bn.batch, KEEP),
+        norm=None if bn is None else Unit(None, bn.eps, bn.batch, KEEP, bn.group),
         units=tuple(units[: len(convs)]),
         shortcut=_static_shortcut(kind, shortcut, units[len(convs) :]),
         counts=(*([] if bn is None else [_rows(shape)]), *rows),
@@ -274,8 +280,7 @@ def _check_block(
         raise ArgumentError("convs: at least one convolution is needed")
     if bn is not None:
         arguments.check_tensors(x, dtype, bn, shape[1], "bn")
-        if bn.batch:
-            arguments.check_values_per_channel(shape)
+        arguments.check_values_per_channel(bn, shape)
     names, shapes = [f"conv{i}" for i in range(1, len(convs) + 1)], []
     for i, (c, name) in enumerate(zip(convs, names, strict=True)):
         wanted = Conv if bn is not None and i + 1 == len(convs) else ConvBN
@@ -306,8 +311,7 @@ def _check_block(
     if last != other:
         raise ArgumentError(f"{name}'s output {tuple(last)} and {which} {tuple(other)} must have the same shape")
     for c, its in zip((*convs, *([] if projection is None else [projection])), shapes, strict=True):
-        if c.batch:
-            arguments.check_values_per_channel(its)
+        arguments.check_values_per_channel(c, its)
     return shapes
 
 
@@ -401,4 +405,5 @@ def _running(c: BN | ConvBN | Conv, count: int) -> Running | None:
     """What the batch's statistics update: buffers in training, nothing otherwise."""
     if isinstance(c, Conv) or not c.training or (c.running_mean is None and c.num_batches_tracked is None):
         return None
+    count = count if c.group is None else UNBIASED
     return Running(c.running_mean, c.running_var, c.num_batches_tracked, c.momentum, count)

@@ -14,6 +14,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -144,8 +145,11 @@ def conv_refusal(name: str, conv: nn.Module) -> Reason | None:
 
 
 def norm_refusal(name: str, norm: nn.Module) -> Reason | None:
-    if norm_kind(type(norm)) is None:
+    kind = norm_kind(type(norm))
+    if kind is None:
         return Reason("module_type", f"{name} is a {type(norm).__name__}, not nn.BatchNorm2d")
+    if kind == "sync" and torch.compiler.is_compiling():
+        return Reason("sync_in_graph", f"{name} is a SyncBatchNorm, whose collectives are in no graph of ours")
     return _inside_refusal(name, norm)
 
 
@@ -178,10 +182,10 @@ def wrapped(name: str, module: nn.Module) -> Reason | None:
 def read_pair(block: nn.Module, pair: Pair) -> ConvBN:
     """The pair's tensors and settings as they are now; nothing is cached between calls."""
     conv, norm = pair.modules(block)
-    gamma, beta, mean, var, tracked, eps, momentum, training = read_norm(norm)
+    gamma, beta, mean, var, tracked, eps, momentum, training, group = read_norm(norm)
     return ConvBN(
         conv.weight, gamma, beta, mean, var, tracked, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
-        eps, momentum, training,
+        eps, momentum, training, group,
     )
 
 
@@ -190,18 +194,30 @@ def read_conv(conv: nn.Module) -> Conv:
 
 
 def read_norm(norm: nn.Module) -> BN:
-    frozen = norm_kind(type(norm)) == "frozen"
+    kind = norm_kind(type(norm))
+    frozen = kind == "frozen"
     training = not frozen and norm.training
     buffers = (norm.running_mean, norm.running_var, None if frozen else norm.num_batches_tracked)
     if training and not norm.track_running_stats:
         buffers = (None, None, None)
-    return BN(norm.weight, norm.bias, *buffers, norm.eps, None if frozen else norm.momentum, training)
+    group = _group(norm) if training and kind == "sync" else None
+    return BN(norm.weight, norm.bias, *buffers, norm.eps, None if frozen else norm.momentum, training, group)
+
+
+def _group(norm: nn.SyncBatchNorm) -> dist.ProcessGroup | None:
+    """The processes that share its statistics, None where there are no others."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def norm_kind(cls: type) -> str | None:
-    """"batch", "frozen", or None for a class that is not read."""
+    """"batch", "sync", "frozen", or None for a class that is not read."""
     if cls is nn.BatchNorm2d:
         return "batch"
+    if cls is nn.SyncBatchNorm:
+        return "sync"
     return "frozen" if (cls.__module__, cls.__qualname__) == FROZEN else None
 
 

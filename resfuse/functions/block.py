@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.interface import Act, BNContext, BNGrad, Masked, Norm, Stats, Sum, Want, wide
-from . import branches, chain, composite, replay
+from . import branches, chain, composite, replay, sync
 from . import unit as units
 from .branches import GIVEN, IDENTITY, NOTHING, PADDED, PROJECTION, Inputs, Spec, Steps
 from .unit import KEEP, NONE, Gradients, Kept, Tensors
@@ -82,6 +82,7 @@ class BlockFunction(torch.autograd.Function):
     def backward(ctx, dout: Tensor, *_):
         flat, saved = branches.split(ctx.saved_tensors, ctx.arguments)  # read once: hooks may recompute them
         if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
+            sync.check_first_order(ctx.spec)
             return None, *_differentiable(ctx.spec, flat, saved, dout, ctx.needs_input_grad[1:])
         return None, *ctx.spec.steps.backward(ctx.spec, flat, saved, dout, ctx.needs_input_grad[1:])
 
@@ -137,8 +138,9 @@ def _forward(k, spec: Spec, inputs: Inputs):
     first = x
     if spec.norm is not None:
         measured = _input_stats(k, spec, inputs)
-        norm_kept = [units.normalise(k, spec.norm, inputs.norm[0], measured, wide(dtype))]
-        norm_stats = [measured]
+        count = inputs.parts[0][:, 0].numel()
+        vectors, measured = units.normalise(k, spec.norm, inputs.norm[0], measured, count, wide(dtype))
+        norm_kept, norm_stats = [vectors], [measured]
         first = _activated(k, spec, inputs.parts, norm_kept[0])
     made = chain.forward(k, spec.units, inputs.units, first, dtype)
     tensors = inputs.shortcut[0] if inputs.shortcut else None
@@ -279,7 +281,7 @@ def _norm_backward(
     norms, sizes = _norms(inputs.parts, kept), [part.shape[1] for part in inputs.parts]
     gammas = [None] * len(sizes) if t.gamma is None else t.gamma.split(sizes)
     contexts = [
-        BNContext(mean, invstd, gamma, spec.norm.batch)
+        BNContext(mean, invstd, gamma, units.own_batch(spec.norm))
         for mean, invstd, gamma in zip(kept.mean.split(sizes), kept.invstd.split(sizes), gammas, strict=True)
     ]
     if len(sizes) == 1:
@@ -290,8 +292,12 @@ def _norm_backward(
         pairs = zip(dys, norms, contexts, strict=True)
         found = [k.bn_backward(dy, norm, norm.z, context) for dy, norm, context in pairs]
     dzs, dgammas, dbetas = zip(*found, strict=True)
-    pieces = [k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz for dz in dzs]
     dgamma, dbeta = (v[0] if len(v) == 1 else torch.cat(v) for v in (dgammas, dbetas))
+    if spec.norm.group is not None:
+        sums = sync.gradient_sums(dgamma, dbeta, kept.invstd, kept.count, spec.norm.group)
+        vectors = zip(*(v.split(sizes) for v in (kept.mean, kept.scale, *sums)), strict=True)
+        dzs = [sync.completed(k, dz, norm.z, *its) for dz, norm, its in zip(dzs, norms, vectors, strict=True)]
+    pieces = [k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz for dz in dzs]
     return pieces, units.gradients(spec.norm, t, kept, None, dgamma, dbeta)
 
 

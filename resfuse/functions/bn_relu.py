@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels import dispatch
 from ..kernels.interface import BNContext, BNGrad, Norm, RunningUpdate, Stats, Sum, Want, Window, wide
-from . import branches, composite, replay
+from . import branches, composite, replay, sync
 from . import unit as units
 from .branches import Steps
 from .unit import Running, Tensors, Unit
@@ -34,10 +35,15 @@ class PoolSpec(NamedTuple):
     out_layout: torch.memory_format
     steps: Steps
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes with which it shares its statistics."""
+        return self.unit.group
+
 
 class Made(NamedTuple):
-    """What forward made. saved: argmax (uint8, None without a pool), mean, invstd, scale and shift, or None where
-    nothing will be differentiated; stats None where they are constants."""
+    """What forward made. saved: argmax (uint8, None without a pool), mean, invstd, scale, shift and the count of shared
+    statistics, or None where nothing will be differentiated; stats None where they are constants."""
 
     out: Tensor
     saved: tuple[Tensor | None, ...] | None
@@ -63,6 +69,7 @@ class BNReluFunction(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         tensors, saved = rest[: len(Tensors._fields)], rest[len(Tensors._fields) :]
         if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
+            sync.check_first_order(spec)
             with torch.autocast(x.device.type, enabled=False):
                 out = composite.bn_relu(x, spec.unit, Tensors(*tensors), spec.window)
                 dx, *found = composite.input_gradients(out, dout, [x, *tensors])
@@ -83,14 +90,14 @@ def _forward(k, spec: PoolSpec, x: Tensor, mean: Tensor | None, var: Tensor | No
         measured = None
         if spec.unit.batch:
             measured = k.bn_stats(xs) if mean is None else Stats(mean, var)
-        kept = units.normalise(k, spec.unit, t, measured, wide(x.dtype))
+        kept, measured = units.normalise(k, spec.unit, t, measured, x[:, 0].numel(), wide(x.dtype))
         a, argmax = Norm(xs, kept.scale, kept.shift), None
         if spec.window is None:
             out = k.apply(a, Sum(), Want()).out
         else:
             out, argmax = k.bn_relu_max_pool(a, spec.window)
         out = out.contiguous(memory_format=spec.out_layout)
-    saved = (argmax, kept.mean, kept.invstd, kept.scale, kept.shift) if spec.differentiable else None
+    saved = (argmax, kept.mean, kept.invstd, kept.scale, kept.shift, kept.count) if spec.differentiable else None
     return Made(out, saved, measured)
 
 
@@ -106,16 +113,19 @@ def backward(
 
 
 def _backward(k, spec: PoolSpec, flat, saved, dout: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    (x, _, _, *tensors), (argmax, mean, invstd, scale, shift) = flat, saved
+    (x, _, _, *tensors), (argmax, mean, invstd, scale, shift, count) = flat, saved
     t = Tensors(*tensors)
     with torch.autocast(x.device.type, enabled=False):
         a = Norm(x.contiguous(memory_format=spec.layout), scale, shift)
-        context = BNContext(mean, invstd, t.gamma, spec.unit.batch)
+        context = BNContext(mean, invstd, t.gamma, units.own_batch(spec.unit))
         dout = dout.contiguous(memory_format=spec.layout)
         if spec.window is None:
             dz, dgamma, dbeta = k.bn_backward(dout, k.prepare(a), a.z, context)
         else:
             dz, dgamma, dbeta = k.bn_relu_max_pool_backward(dout, argmax, a, spec.window, context)
+        if spec.group is not None:
+            sums = sync.gradient_sums(dgamma, dbeta, invstd, count, spec.group)
+            dz = sync.completed(k, dz, a.z, mean, scale, *sums)
         dx = None
         if needs[0]:
             dx = (k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz).contiguous(memory_format=spec.out_layout)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels import dispatch
@@ -77,6 +78,12 @@ class Spec(NamedTuple):
     layout: torch.memory_format
     out_layout: torch.memory_format
     steps: Steps
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes with which some BatchNorm shares its statistics."""
+        units_of = (self.norm, *self.units, self.shortcut.unit)
+        return next((unit.group for unit in units_of if unit is not None and unit.group is not None), None)
 
 
 class Inputs(NamedTuple):

@@ -143,7 +143,7 @@ def describe_bn_relu(spec: PoolSpec, flat: Sequence[Tensor | None]) -> bn_relu.M
         size = (*size[:2], *spec.window.spatial(size[2:]))
         argmax = Shape(size, torch.uint8, spec.layout)
     if spec.differentiable:
-        saved = (argmax, vector, vector, vector, vector)
+        saved = (argmax, vector, vector, vector, vector, None)
     stats = Stats(vector, vector) if spec.unit.batch else None
     return bn_relu.Made(Shape(size, x.dtype, spec.out_layout), saved, stats)
 

@@ -40,6 +40,8 @@ def run(
     first = tensors[0]
     if first.device.type not in DEVICES or torch._C._len_torch_dispatch_stack() > 0:
         return call()
+    if spec is not None and spec.group is not None:  # no collectives in notes
+        return call()
     found = [None if t is None else (t.shape, t.stride(), t.dtype, t.data_ptr() & 15) for t in tensors]
     static = spec and spec._replace(running=None, pending=None, steps=None)
     key = (step, static, more, first.device.index, nvidia.rounds_to_tf32(first), _repeated(tensors), *found)

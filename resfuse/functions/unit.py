@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels.interface import (
@@ -31,6 +32,7 @@ from ..kernels.interface import (
     Summed,
     wide,
 )
+from . import sync
 
 KEEP, RECOMPUTE, COVARIANCE, LINEAR = "keep", "recompute", "covariance", "linear"
 # Where one [M, C] activation is at least so many times as large as cov [C, C], that is kept, elsewhere recomputed in
@@ -40,12 +42,13 @@ KEPT_COVARIANCE_RATIO = 50
 
 class Unit(NamedTuple):
     """What is static: geometry (None: a BatchNorm alone), eps (None: no BatchNorm), whether its statistics are
-    the batch's or constants, the form."""
+    the batch's or constants, the form, the processes whose batches are one (None: this one alone)."""
 
     geometry: Geometry | None
     eps: float | None
     batch: bool
     form: str
+    group: dist.ProcessGroup | None = None
 
 
 class Tensors(NamedTuple):
@@ -71,14 +74,16 @@ class Running(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a unit saves for backward beside its input activation and parameters: C-length vectors, perhaps cov."""
+    """What a unit saves for backward beside its input activation and parameters: C-length vectors, perhaps cov, and of
+    statistics shared by processes the number of values."""
 
     mean: Tensor
     invstd: Tensor
     scale: Tensor
     shift: Tensor
-    input_mean: Tensor | None
-    cov: Tensor | None
+    input_mean: Tensor | None = None
+    cov: Tensor | None = None
+    count: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -114,7 +119,8 @@ def matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def forward(kernels, unit: Unit, t: Tensors, a: Act, dtype: torch.dtype) -> tuple[Norm | Second, Stats | None, Kept]:
-    """The unit's output as a recipe without activation, its batch statistics (None if constant), what to keep."""
+    """The unit's output as a recipe without activation, its batch statistics (None if constant) as running ones want
+    them, what to keep."""
     measured = input_mean = cov = z = None
     if unit.form == COVARIANCE:
         a = kernels.prepare(sampled(a, unit.geometry.stride), t.weight.shape[0])
@@ -123,18 +129,24 @@ def forward(kernels, unit: Unit, t: Tensors, a: Act, dtype: torch.dtype) -> tupl
             measured = kernels.expand_stats(matrix(t.weight, dtype), input_mean, cov)
     else:
         z, measured = kernels.conv_stats(a, t.weight.to(dtype), unit.geometry, stats=unit.batch)
-    kept = normalise(kernels, unit, t, measured, wide(dtype))
+    kept, measured = normalise(kernels, unit, t, measured, 0 if z is None else _pixels(z), wide(dtype))
     if cov is not None and not keeps_covariance(_tensor(a).shape, dtype):
         cov = None
     kept = kept._replace(input_mean=input_mean, cov=cov)
     return recipe(unit, t, kept, a, z), measured, kept
 
 
-def normalise(kernels, unit: Unit, t: Tensors, measured: Stats | None, exact: torch.dtype) -> Kept:
-    """BatchNorm's affine map from measured statistics, or from the constant ones."""
+def normalise(
+    kernels, unit: Unit, t: Tensors, measured: Stats | None, pixels: int, exact: torch.dtype
+) -> tuple[Kept, Stats | None]:
+    """BatchNorm's affine map from measured statistics, of `pixels` values a channel, or from the constant ones; and
+    what running statistics move towards."""
+    count, running = None, measured
+    if unit.group is not None:
+        measured, running, count = sync.gather(measured, pixels, unit.eps, unit.group)
     stats = measured or _constant_stats(t, exact)
     affine = kernels.finalize(stats, t.gamma, t.beta, unit.eps or 0.0)
-    return Kept(stats.mean, affine.invstd, affine.scale, affine.shift, None, None)
+    return Kept(stats.mean, affine.invstd, affine.scale, affine.shift, count=count), running
 
 
 def recipe(unit: Unit, t: Tensors, kept: Kept, a: Act, z: Tensor | None) -> Norm | Second:
@@ -193,7 +205,16 @@ def backward_norm(
     kernels, unit: Unit, t: Tensors, kept: Kept, dy: Grad | Summed, z: Tensor, y: Act | None
 ) -> tuple[Grad, Tensor, Tensor]:
     """(dz, dgamma, dbeta) from the gradient below the unit's BatchNorm, or below the ReLU that made y."""
-    return kernels.bn_backward(dy, y, z, BNContext(kept.mean, kept.invstd, t.gamma, unit.batch))
+    dz, dgamma, dbeta = kernels.bn_backward(dy, y, z, BNContext(kept.mean, kept.invstd, t.gamma, own_batch(unit)))
+    if unit.group is not None:
+        sums = sync.gradient_sums(dgamma, dbeta, kept.invstd, kept.count, unit.group)
+        dz = sync.completed(kernels, dz, z, kept.mean, kept.scale, *sums)
+    return dz, dgamma, dbeta
+
+
+def own_batch(unit: Unit) -> bool:
+    """Whether the statistics are those of this process's batch alone."""
+    return unit.batch and unit.group is None
 
 
 def backward_covariance(

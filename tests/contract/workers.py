@@ -4,11 +4,12 @@ import copy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from twins import fell_back, is_fused, operands, twins
+from twins import fell_back, is_fused, operands, step, twins
 
 import resfuse
 
@@ -59,6 +60,50 @@ def fsdp(name: str) -> list[dict[str, torch.Tensor]]:
             assert is_fused(block) and not fell_back(block), fell_back(block)
         found.append({n: p.grad.full_tensor() for n, p in block.named_parameters()})
     return found
+
+
+def sync(dtype: str, *names: str) -> list[dict[str, torch.Tensor]]:
+    """[ours, of the whole batch in one process, ours, ...] of each block. The batch is split unevenly; the last process
+    has none of it, and does what torch.nn.SyncBatchNorm does then. Parameters' gradients are added up."""
+    found, rank, size, dtype = [], dist.get_rank(), dist.get_world_size(), getattr(torch, dtype)
+    for i, name in enumerate(names):
+        eager, ours = (block.to(dtype) for block in twins(name))
+        if i % 2:
+            ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+        else:
+            ours = resfuse.fuse(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager)))
+        whole = [torch.cat([t.detach(), t.detach().flip(3)]) for t in operands(name, dtype)]
+        expected = step(eager, *whole)
+        sizes = [1] * (size - 2) + [len(whole[0]) - size + 2, 0]
+        parts = [t.split(sizes)[rank] for t in whole]
+        if sizes[rank]:
+            made = step(ours, *parts)
+            assert not fell_back(ours), fell_back(ours)
+            made = {n: t for n, t in made.items() if n in expected}
+        else:
+            norms = [m for m in ours.modules() if isinstance(m, nn.SyncBatchNorm)]
+            for norm in norms:  # what it sends
+                sent = torch.zeros(2 * norm.num_features + 1, dtype=dtype)
+                dist.all_gather([torch.empty_like(sent) for _ in range(size)], sent)
+            for norm in reversed(norms):
+                dist.all_reduce(torch.zeros(2 * norm.num_features, dtype=dtype))
+            made = {n: torch.zeros_like(p) for n, p in ((f"d{n}", p) for n, p in ours.named_parameters())}
+        for n in sorted(f"d{n}" for n, _ in ours.named_parameters()):
+            dist.all_reduce(made[n])
+        expected |= {n: expected[n].split(sizes)[rank] for n in ("out", "dx")}
+        found += [made, {n: expected[n] for n in made}]
+    _second_order_raises(dist.new_group(range(size - 1)), names[0], dtype)
+    return found
+
+
+def _second_order_raises(group: dist.ProcessGroup, name: str, dtype: torch.dtype) -> None:
+    """Among some of the processes, which alone share statistics then."""
+    if dist.get_rank(group) < 0:
+        return
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(twins(name)[1].to(dtype), group)
+    x, dout = operands(name, dtype)
+    with pytest.raises(RuntimeError, match="gradients of gradients through SyncBatchNorm"):
+        torch.autograd.grad(ours(x), x, dout, create_graph=True)
 
 
 def main() -> None:
