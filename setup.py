@@ -116,7 +116,7 @@ def extensions(archs: list[str], pybind11: str | None) -> list[Extension]:
         return [ops]
     module = Extension(
         "resfuse._C",
-        sources("module.cpp", "launches.cpp"),
+        sources("module.cpp", "launches.cpp", "gate.cpp"),
         include_dirs=[pybind11],
         extra_compile_args={"cxx": CXX_FLAGS},
         libraries=["dl"],  # a part of libc only since glibc 2.34

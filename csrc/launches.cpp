@@ -2,7 +2,7 @@
 //
 // A launch costs the driver two or three microseconds and a launcher in Python ten more. The driver is opened when the
 // first batch is made, and what is called of it is declared here: no CUDA header, no CUDA library to link.
-#include "launches.h"
+#include "module.h"
 
 #include <dlfcn.h>
 #include <pybind11/stl.h>

@@ -1,5 +1,5 @@
-// The Python module resfuse._C: what the compiler saw, and launches in batches. It needs nothing of torch.
-#include "launches.h"
+// The Python module resfuse._C: what the compiler saw, launches in batches, the gate. It needs nothing of torch.
+#include "module.h"
 
 namespace py = pybind11;
 
@@ -17,7 +17,8 @@ py::dict build_facts() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts of resfuse's native library, and kernel launches in batches.";
+  m.doc() = "Build facts of resfuse's native library, kernel launches in batches, and the gate of fused blocks.";
   m.def("build_facts", &build_facts, "Compiler and language level.");
   define_batch(m);
+  define_gate(m);
 }

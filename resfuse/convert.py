@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .blocks import plans
-from .blocks.mixin import FusedMixin, State, fused_class, original_class
+from .blocks.mixin import FusedMixin, State, fused_class, original_class, owned
 from .kernels import dispatch, measured
 from .kernels.interface import Reason, Unsupported
 
@@ -199,7 +199,7 @@ def _describe(model: nn.Module, survey: list[tuple[str, nn.Module, Reason | None
     for fqn, module in blocks:
         result.fused.append((fqn, type(module).__name__, _plan(module).forms(module)))
     result.skipped = [(fqn, *reason) for fqn, _, reason in survey if reason is not None]
-    inside = [inner for _, module in blocks for inner in plans.owned(_plan(module), module)]
+    inside = [inner for _, module in blocks for inner in owned(_plan(module), module)]
     if any(_is_nchw(conv) for conv in inside if isinstance(conv, nn.Conv2d)):
         result.notes.append(LAYOUT)
     result.coverage = _coverage(model, inside, result.input_size)

@@ -11,18 +11,21 @@ import os
 import sys
 from contextvars import ContextVar
 from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..arguments import BN, STORAGE_DTYPES, ArgumentError, Conv, ConvBN
 from ..kernels.interface import Reason
+from . import gate
 
 FROZEN = "torchvision.ops.misc", "FrozenBatchNorm2d"
 PLAIN = (nn.Parameter, torch.Tensor, type(None))  # subclasses may do more
+tracing_state, functorch_level = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
 _disabled = ContextVar("resfuse_disabled", default=os.environ.get("RESFUSE_DISABLE", "0") not in ("", "0"))
 
 
@@ -40,12 +43,17 @@ class disabled:
 
 
 class State:
-    """What a fused module carries besides its own attributes: its backend, and per code the count of calls that ran
-    the original forward and the last one's reason."""
+    """What a fused module carries besides its own attributes: its backend, per code the count of calls that ran the
+    original forward and the last one's reason, and how the module was when it was last looked at (`gate.py`)."""
+
+    record: tuple | None = None
 
     def __init__(self, backend: str = "auto"):
         self.backend = backend
         self.fallbacks: dict[str, tuple[int, str]] = {}
+
+    def __getstate__(self) -> dict:
+        return {"backend": self.backend, "fallbacks": self.fallbacks}  # a copy is looked at anew
 
     def count(self, reason: Reason) -> None:
         self.fallbacks[reason.code] = self.fallbacks.get(reason.code, (0, ""))[0] + 1, reason.text
@@ -83,8 +91,7 @@ class FusedMixin:
             if self._in_graph():
                 return self.plan.run(self, x, self.resfuse_state.backend)
             return super().forward(x)
-        parts = x if type(x) is list and self.plan.LISTS else (x,)
-        reason = next(filter(None, map(call_refusal, parts)), None) or self.plan.refusal(self)
+        reason = self._refusal(x)
         if reason is None:
             try:
                 return self.plan.run(self, x, self.resfuse_state.backend)
@@ -93,6 +100,22 @@ class FusedMixin:
         if reason.code != "disabled":
             self.resfuse_state.count(reason)
         return super().forward(x)
+
+    def _refusal(self, x) -> Reason | None:
+        """Why this call must run the original forward."""
+        if type(x) is list and self.plan.LISTS:
+            reason = next(filter(None, map(call_refusal, x)), None)
+        else:
+            reason = call_refusal(x)
+        if reason is not None:
+            return reason
+        unchanged, state = gate.comparison(), self.resfuse_state
+        if unchanged is not None and state.record is not None and unchanged(state.record, self, PLAIN):
+            return None
+        reason = self.plan.refusal(self)
+        if reason is None and "_is_replica" not in self.__dict__:  # those share the state, and live for one call
+            state.record = gate.record(self, owned(self.plan, self))
+        return reason
 
     def _in_graph(self) -> bool:
         """Whether the fused forward goes into the graph that Dynamo is making."""
@@ -109,21 +132,28 @@ class FusedMixin:
         return _new_fused, (original, self.plan.__name__), self.__dict__.copy()
 
 
+def owned(plan: ModuleType, block: nn.Module) -> list[nn.Module]:
+    """The modules inside a block that its plan runs itself, with all that is in them."""
+    if plan.OWNS is None:
+        return list(block.modules())[1:]
+    return [inner for name in plan.OWNS for inner in block.get_submodule(name).modules()]
+
+
 def call_refusal(x) -> Reason | None:
     """Why this call must run the original forward, as far as the input and the interpreter's state tell."""
     if _disabled.get():
         return Reason("disabled", "inside resfuse.disabled() or under RESFUSE_DISABLE=1")
     if type(x) not in PLAIN:
         return Reason("input_type", f"the input is a {type(x).__name__}, not a plain tensor")
-    if torch._C._get_tracing_state() is not None:
+    if tracing_state() is not None:
         return Reason("tracing", "being traced by torch.jit")
     if x.dim() != 4 or x.numel() == 0:
         return Reason("input_shape", f"the input {tuple(x.shape)} is empty or not 4-dimensional")
-    if x.device.type not in ("cpu", "cuda"):
+    if not (x.is_cpu or x.is_cuda):
         return Reason("device", f"the input is on {x.device.type}; cpu and cuda are served")
     if x.dtype not in STORAGE_DTYPES:
         return Reason("dtype", f"the input is {x.dtype}")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if functorch_level() is not None:
         return Reason("functorch", "inside a torch.func transform")
     if forward_ad._current_level >= 0:
         return Reason("forward_ad", "inside forward-mode differentiation")
@@ -182,26 +212,35 @@ def wrapped(name: str, module: nn.Module) -> Reason | None:
 def read_pair(block: nn.Module, pair: Pair) -> ConvBN:
     """The pair's tensors and settings as they are now; nothing is cached between calls."""
     conv, norm = pair.modules(block)
-    gamma, beta, mean, var, tracked, eps, momentum, training, group = read_norm(norm)
-    return ConvBN(
-        conv.weight, gamma, beta, mean, var, tracked, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups,
-        eps, momentum, training, group,
-    )
+    weight, bias, *geometry = read_conv(conv)
+    *tensors, eps, momentum, training, group = read_norm(norm)
+    return ConvBN(weight, *tensors, bias, *geometry, eps, momentum, training, group)
 
 
 def read_conv(conv: nn.Module) -> Conv:
-    return Conv(conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    weight, bias = _tensors(conv, conv._parameters, "weight", "bias")
+    return Conv(weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def read_norm(norm: nn.Module) -> BN:
     kind = norm_kind(type(norm))
-    frozen = kind == "frozen"
-    training = not frozen and norm.training
-    buffers = (norm.running_mean, norm.running_var, None if frozen else norm.num_batches_tracked)
-    if training and not norm.track_running_stats:
-        buffers = (None, None, None)
+    if kind == "frozen":
+        return BN(norm.weight, norm.bias, norm.running_mean, norm.running_var, None, norm.eps, None, False)
+    gamma, beta = _tensors(norm, norm._parameters, "weight", "bias")
+    training = norm.training
+    mean = var = tracked = None
+    if norm.track_running_stats or not training:
+        mean, var, tracked = _tensors(norm, norm._buffers, "running_mean", "running_var", "num_batches_tracked")
     group = _group(norm) if training and kind == "sync" else None
-    return BN(norm.weight, norm.bias, *buffers, norm.eps, None if frozen else norm.momentum, training, group)
+    return BN(gamma, beta, mean, var, tracked, norm.eps, norm.momentum, training, group)
+
+
+def _tensors(module: nn.Module, held: dict, *names: str) -> list[Tensor | None]:
+    """Attributes of a module, read where they are: through nn.Module.__getattr__ each is ten times as much."""
+    try:
+        return [held[name] for name in names]
+    except KeyError:  # DataParallel's replicas have plain attributes instead
+        return [getattr(module, name) for name in names]
 
 
 def _group(norm: nn.SyncBatchNorm) -> dist.ProcessGroup | None:

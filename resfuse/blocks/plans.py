@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from torch import nn
-
 from . import bn_relu, chain, conv_bn_relu, dense_layer, residual_block, resnet, stem, transition
 from .mixin import qualified_name
 
@@ -28,10 +26,3 @@ PLANS: dict[str, ModuleType] = {
 
 def plan_for(cls: type) -> ModuleType | None:
     return PLANS.get(qualified_name(cls))
-
-
-def owned(plan: ModuleType, module: nn.Module) -> list[nn.Module]:
-    """The modules that the plan runs itself, with all that is in them."""
-    if plan.OWNS is None:
-        return list(module.modules())
-    return [inner for name in plan.OWNS for inner in module.get_submodule(name).modules()]
