@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from .kernels import fakes, flops
+from .kernels import fakes
 from .kernels.interface import Reason, Unsupported
 
 RECORD = Path(__file__).with_name("_build.json")
@@ -51,15 +51,6 @@ def load() -> ModuleType:
         raise Unsupported([Reason("native_load_failed", f"{LIBRARY.name} did not load: {error}")]) from error
     fakes.register("resfuse")
     return torch.ops.resfuse
-
-
-def count_operations() -> None:
-    """Give torch's flop counter the operators' formulas, if the library can be loaded."""
-    try:
-        load()
-    except Unsupported:  # others run then, and say why
-        return
-    flops.register("resfuse")
 
 
 @cache

@@ -45,7 +45,7 @@ def bn_relu(
         arguments.pooled_shape(shape, pool, "pool")
         if math.prod(pool.size) > 255:
             raise ArgumentError(f"pool.size must hold at most 255 values, got {pool.size}")
-    tensors = _tensors(bn)
+    steps, tensors = _watched(steps, bn), _tensors(bn)
     layout = torch.channels_last if _suggests_channels_last(x) else torch.contiguous_format
     inside = _inside(x, shape, layout)
     spec = PoolSpec(
@@ -121,6 +121,7 @@ def block(
     kind, projection = _shortcut_kind(shortcut, len(parts))
     eager = steps is block_steps.DIRECT  # in a graph sizes may be symbols
     settled = (_settled_before if eager else _settled)(parts, dtype, bn, convs, shortcut, kind, projection)
+    steps = _watched(steps, bn, *convs, projection)
     row_scale, gate = _check_sum(x, dtype, kind, scale, row_scale, gate, settled.out)
     norms, outer = [] if bn is None else [bn], [] if projection is None else [projection]
     tensors = [_tensors(c) for c in (*norms, *convs, *outer)]
@@ -147,6 +148,15 @@ def block(
         steps=steps,
     )
     return _run(BlockFunction, spec, inputs.flat(), x.device.type, dtype)
+
+
+def _watched(steps: Steps, *parts: BN | ConvBN | Conv | None) -> Steps:
+    """The steps as operators where a mode watches them (a flop counter, say): not every kernel is one."""
+    if torch._C._len_torch_dispatch_stack() == 0 or any(part is not None and part.group for part in parts):
+        return steps
+    from .functions import ops  # registers them; of no use elsewhere
+
+    return {block_steps.DIRECT: ops.BLOCK, bn_relu_steps.DIRECT: ops.BN_RELU}.get(steps, steps)
 
 
 def _run(function, spec: Spec | PoolSpec, flat: list[Tensor | None], device: str, dtype: torch.dtype):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -113,7 +114,10 @@ def fuse(
         module.__dict__["_resfuse_state"] = State(config.backend)
     if not blocks:
         warnings.warn(f"resfuse.fuse fused nothing in {type(model).__name__}; see resfuse.explain(model)", stacklevel=2)
-    dispatch.count_operations()
+    if "torch.utils.flop_counter" in sys.modules:  # which imports Triton: only where the program has
+        from .functions import flops
+
+        flops.register()
     return model
 
 

@@ -289,7 +289,7 @@ def _copied(argument):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_opcheck(name, monkeypatch):
+def test_35_opcheck_of_every_operator(name, monkeypatch):
     seen = noted(monkeypatch, name)
     assert len(seen) == 3
     for operator, arguments in seen:
@@ -308,7 +308,7 @@ def test_constant_statistics_are_copied(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("name", ["small-projection", "stage3", "small-stem", "small-preact"])
-def test_a_step_in_a_cuda_graph(name, backend, deterministic):
+def test_31_a_step_in_a_cuda_graph(name, backend, deterministic):
     """Captured once, replayed on other inputs: nothing in a step waits for the device."""
     block = resfuse.fuse(make_block(CASES[name], device="cuda"), config=resfuse.FuseConfig(backend=backend))
     twin = copy.deepcopy(block)

@@ -113,7 +113,8 @@ class FusedMixin:
         if unchanged is not None and state.record is not None and unchanged(state.record, self, PLAIN):
             return None
         reason = self.plan.refusal(self)
-        if reason is None and "_is_replica" not in self.__dict__:  # those share the state, and live for one call
+        replica = "_is_replica" in self.__dict__  # DataParallel's share the state, and live for one call
+        if reason is None and unchanged is not None and not replica:
             state.record = gate.record(self, owned(self.plan, self))
         return reason
 
@@ -124,6 +125,11 @@ class FusedMixin:
         from . import _dynamo
 
         return _dynamo.fused() and self.plan.refusal(self) is None
+
+    def __prepare_scriptable__(self):
+        """torch.jit.script asks for what it may compile."""
+        name = type(self).__qualname__
+        raise RuntimeError(f"torch.jit.script cannot compile a fused {name}: call resfuse.unfuse(model) first")
 
     def __reduce_ex__(self, protocol):
         original = original_class(type(self))

@@ -136,7 +136,7 @@ class ResidualBlock(nn.Module):
         if row_scale is not None:
             main = main * row_scale.to(main.dtype)[:, None, None, None]
         if self.kind != "none":
-            residual = self._residual(x, first)
+            residual = self._residual(x, first).to(main.dtype)  # as the sum in place of other blocks has it
             main = main + residual if gate is None else gate * main + (1 - gate) * residual
             main = main if self.scale == 1 else main * self.scale
         return F.relu(main) if self.relu else main

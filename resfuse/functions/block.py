@@ -206,7 +206,7 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
     if spec.norm is not None:
         norm_found = NONE
         if needs_first:
-            pieces, norm_found = _norm_backward(k, spec, inputs, norm_kept, came)
+            pieces, norm_found = _norm_backward(k, spec, inputs, norm_kept, came, needs_x)
             if into_x is not None:
                 pieces = [chain.gathered(k, inputs.parts[0], pieces[0], into_x)]
             dparts = [p.contiguous(memory_format=spec.out_layout) if needs_x else None for p in pieces]
@@ -274,9 +274,9 @@ def _activated(k, spec: Spec, parts: Sequence[Tensor], kept: Kept) -> Act:
 
 
 def _norm_backward(
-    k, spec: Spec, inputs: Inputs, kept: Kept, came: list
+    k, spec: Spec, inputs: Inputs, kept: Kept, came: list, onward: bool
 ) -> tuple[list[Tensor], Gradients]:
-    """came: first and its gradient, which are taken out of the list."""
+    """came: first and its gradient, which are taken out of the list; onward: as in `unit.backward_norm`."""
     t: Tensors = inputs.norm[0]
     norms, sizes = _norms(inputs.parts, kept), [part.shape[1] for part in inputs.parts]
     gammas = [None] * len(sizes) if t.gamma is None else t.gamma.split(sizes)
@@ -293,7 +293,7 @@ def _norm_backward(
         found = [k.bn_backward(dy, norm, norm.z, context) for dy, norm, context in pairs]
     dzs, dgammas, dbetas = zip(*found, strict=True)
     dgamma, dbeta = (v[0] if len(v) == 1 else torch.cat(v) for v in (dgammas, dbetas))
-    if spec.norm.group is not None:
+    if spec.norm.group is not None and onward:
         sums = sync.gradient_sums(dgamma, dbeta, kept.invstd, kept.count, spec.norm.group)
         vectors = zip(*(v.split(sizes) for v in (kept.mean, kept.scale, *sums)), strict=True)
         dzs = [sync.completed(k, dz, norm.z, *its) for dz, norm, its in zip(dzs, norms, vectors, strict=True)]

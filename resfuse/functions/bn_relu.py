@@ -123,7 +123,7 @@ def _backward(k, spec: PoolSpec, flat, saved, dout: Tensor, needs: Sequence[bool
             dz, dgamma, dbeta = k.bn_backward(dout, k.prepare(a), a.z, context)
         else:
             dz, dgamma, dbeta = k.bn_relu_max_pool_backward(dout, argmax, a, spec.window, context)
-        if spec.group is not None:
+        if spec.group is not None and needs[0]:
             sums = sync.gradient_sums(dgamma, dbeta, invstd, count, spec.group)
             dz = sync.completed(k, dz, a.z, mean, scale, *sums)
         dx = None

@@ -88,7 +88,8 @@ def backward_inner(
         if not lower[i + 1]:
             break
         unit, t = chain[i], tensors[i]
-        dz, dgamma, dbeta = units.backward_norm(k, unit, t, kept[i], da, zs[i], None if masked else a)
+        onward = lower[i] or needs[i].weight or needs[i].bias
+        dz, dgamma, dbeta = units.backward_norm(k, unit, t, kept[i], da, zs[i], None if masked else a, onward)
         da = a = None  # before their successors are made
         a = activation(k, i, first, zs, kept)
         below = kept[i - 1].mean if i > 0 else None

@@ -172,6 +172,8 @@ def backward(
     form, where that is free, and elsewhere if it comes as `Summed`. add: another path's gradient of the same input,
     which is left to the caller in covariance form.
     """
+    if not (needs_input or any(needs)):
+        return None, NONE
     if unit.form == COVARIANCE:
         return backward_covariance(kernels, unit, t, kept, g, a, below, needs_input, needs)
     mean = None if below is None else below.mean
@@ -186,7 +188,7 @@ def backward(
         return da, Gradients(dweight, dbias, None, None)
     if unit.form == RECOMPUTE:
         z = raw(kernels, unit, t, a)
-    dz, dgamma, dbeta = backward_norm(kernels, unit, t, kept, g, z, y)
+    dz, dgamma, dbeta = backward_norm(kernels, unit, t, kept, g, z, y, needs_input or needs.weight or needs.bias)
     da, dweight = backward_conv(kernels, unit, t, dz, a, add, needs_input, needs.weight, mean)
     return da, gradients(unit, t, kept, dweight, dgamma, dbeta)
 
@@ -202,11 +204,12 @@ def backward_conv(
 
 
 def backward_norm(
-    kernels, unit: Unit, t: Tensors, kept: Kept, dy: Grad | Summed, z: Tensor, y: Act | None
+    kernels, unit: Unit, t: Tensors, kept: Kept, dy: Grad | Summed, z: Tensor, y: Act | None, onward: bool
 ) -> tuple[Grad, Tensor, Tensor]:
-    """(dz, dgamma, dbeta) from the gradient below the unit's BatchNorm, or below the ReLU that made y."""
+    """(dz, dgamma, dbeta) from the gradient below the unit's BatchNorm, or below the ReLU that made y. onward: whether
+    anybody wants dz; processes exchange sums for it alone."""
     dz, dgamma, dbeta = kernels.bn_backward(dy, y, z, BNContext(kept.mean, kept.invstd, t.gamma, own_batch(unit)))
-    if unit.group is not None:
+    if unit.group is not None and onward:
         sums = sync.gradient_sums(dgamma, dbeta, kept.invstd, kept.count, unit.group)
         dz = sync.completed(kernels, dz, z, kept.mean, kept.scale, *sums)
     return dz, dgamma, dbeta

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import sys
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType, SimpleNamespace
@@ -73,13 +72,6 @@ def missing(backend: str, device: str, dtype: torch.dtype) -> list[Reason]:
     if lacks:
         reasons.append(Reason("primitive_missing", f"kernel set {backend!r} has no {', '.join(lacks)}"))
     return reasons
-
-
-def count_operations() -> None:
-    """Let torch's flop counter know the operators of the kernel sets, if the program has imported it. A counter takes
-    the formulas that there are when it is made, which may be before a kernel has run."""
-    if "torch.utils.flop_counter" in sys.modules:
-        kernel_set("cpu").count_operations()
 
 
 def fallbacks() -> list[tuple[str, str, Reason]]:

@@ -146,9 +146,16 @@ def parametrized(block):
         parametrizations.weight_norm(conv)
 
 
+def quantized(block):
+    quantization = pytest.importorskip("torch.ao.quantization")
+    block.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.prepare_qat(block.train(), inplace=True)
+
+
 @BLOCKS
-@pytest.mark.parametrize("tool", [pruned, parametrized], ids=["prune", "parametrize"])
+@pytest.mark.parametrize("tool", [pruned, parametrized, quantized], ids=["prune", "parametrize", "quantize"])
 def test_30_tools_that_change_a_convolution_afterwards(name, tool):
     eager, fused = (block.to(memory_format=torch.contiguous_format) for block in twins(name))  # prune takes no other
     tool(eager), tool(fused)
+    assert list(eager.state_dict()) == list(fused.state_dict())
     alike(step(fused, *operands(name)), step(eager, *operands(name)))

@@ -75,6 +75,23 @@ def test_03_averaged_models(name):
 
 
 @BLOCKS
+def test_03_timms_averaged_models(name):
+    timm_utils = pytest.importorskip("timm.utils")
+    eager, fused = twins(name)
+    averages = []
+    for block in (fused, eager):
+        average = timm_utils.ModelEmaV3(block, decay=0.5)
+        step(block, *operands(name))
+        with torch.no_grad():
+            for p in block.parameters():
+                p.mul_(1.5)
+        average.update(block, step=10)
+        averages.append(step(average.module, *operands(name)))
+        assert is_fused(average.module) == is_fused(block)
+    alike(*averages)
+
+
+@BLOCKS
 @pytest.mark.parametrize("to", [torch.float64, torch.bfloat16, torch.channels_last], ids=str)
 def test_04_to_afterwards(name, to):
     eager, fused = twins(name)

@@ -16,11 +16,6 @@ PRIMITIVES = (
 STATUS = "C++ kernels, float32 and bfloat16; tested on the CPU they run on"
 
 
-def count_operations() -> None:
-    """Let torch's flop counter know the operators."""
-    _native.count_operations()
-
-
 def unsupported(device: str, dtype: torch.dtype) -> list[Reason]:
     """Why this set cannot serve a device type and storage dtype; empty if it can. Loads no native code."""
     reasons = []
