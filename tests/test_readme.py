@@ -65,6 +65,13 @@ def test_the_gpu_table_is_what_its_results_file_gives():
         assert f"{theirs / ours:.2f}x" in text and f"{round(256e3 / ours, -1):,.0f}" in text
 
 
+def test_the_overhead_table_is_what_its_results_file_gives():
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())
+    assert "\n".join(script("overhead").table(results)) in text and results["command"] in text
+    assert f"took {results['fuse_resnet50_ms']:g} ms" in text
+
+
 def test_the_figure_exists_and_is_named():
     figures = re.findall(r"!\[[^\]]*\]\((\S+\.png)\)", (ROOT / "README.md").read_text())
     assert len(figures) == 1 and (ROOT / figures[0]).stat().st_size > 10_000
