@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ from torchvision.transforms import v2
 import resfuse
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which pretrained weights expect
-DECIDES = ("model", "epochs", "batch", "rate", "warmup", "weight_decay", "smoothing", "size", "seed", "ema_decay")
+DECIDES = ("model", "precision", "sync_bn", "epochs", "batch", "rate", "warmup", "weight_decay", "smoothing", "size",
+           "seed", "ema_decay")  # fmt: skip
 
 
 class Process(NamedTuple):
@@ -80,8 +82,8 @@ class Augmented(Dataset):
 
 
 def mixed(*numbers: int) -> int:
-    """A seed from several numbers."""
-    return int.from_bytes(repr(numbers).encode(), "big") % (2**61 - 1)
+    """A seed in which each of the numbers tells: of 32 bits, all that torch's generator on a CPU looks at."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class Data:
@@ -94,6 +96,8 @@ class Data:
         self.train = Augmented(ImageFolder(options.data / "train", v2.Compose([*augment, *finish])), options.seed)
         self.sampler = DistributedSampler(self.train, process.count, process.rank, seed=options.seed, drop_last=True)
         val = ImageFolder(options.data / "val", v2.Compose([*resize, *finish]))
+        if self.train.images.classes != val.classes:
+            raise ValueError(f"train has the classes {self.train.images.classes}, val {val.classes}")
         self.classes = val.classes
         self.batch = options.batch // process.count
         self.settings = dict(num_workers=options.workers, pin_memory=process.device.type == "cuda")
@@ -177,11 +181,15 @@ class Run:
         if self.process.rank == 0:
             self.seen.copy_(content["seen"])
 
-    def train_epoch(self, show: Callable[[int, float, float], None]) -> None:
-        """From the step that the run is at to the epoch's end. show(steps, loss, images a second) after each."""
+    def train_epoch(self, show: Callable[[int, float, float], None]) -> float:
+        """From the step that the run is at to the epoch's end; returns images a second of all processes.
+
+        show(steps, loss, images a second) after each step.
+        """
         self.model.train()
         device, precision = self.process.device, getattr(torch, self.options.precision)
-        began = time.perf_counter()
+        first, images_a_step = self.step, self.data.batch * self.process.count
+        start = began = time.perf_counter()
         for images, labels in self.data.batches(self.epoch, self.step):
             torch.manual_seed(mixed(self.options.seed, self.epoch, self.step, self.process.rank))
             images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
@@ -196,15 +204,19 @@ class Run:
             self.ema.update_parameters(self.net)
             self.seen += torch.stack([loss.detach().double() * len(images), loss.new_tensor(len(images)).double()])
             self.step += 1
-            show(self.step, loss.item(), len(images) * self.process.count / (time.perf_counter() - began))
+            show(self.step, loss.item(), images_a_step / (time.perf_counter() - began))
             began = time.perf_counter()
             if self.options.save_every and self.step % self.options.save_every == 0 and self.step < self.data.steps:
                 self.save()
+        return (self.step - first) * images_a_step / (time.perf_counter() - start)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> tuple[float, float]:
         """Loss and accuracy on the whole of val."""
         model.eval()
+        if self.process.count > 1:  # running statistics differ by process; rank 0's are in the checkpoint
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
         device, precision = self.process.device, getattr(torch, self.options.precision)
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         for images, labels in self.data.val:
@@ -216,20 +228,20 @@ class Run:
         loss, right, count = self.process.total(sums).tolist()
         return loss / count, right / count
 
-    def finish_epoch(self) -> None:
+    def finish_epoch(self, images_per_second: float) -> None:
         (val_loss, accuracy), (_, ema_accuracy) = self.evaluate(self.net), self.evaluate(self.ema)
         loss, images = self.process.total(self.seen).tolist()
         row = {"epoch": self.epoch, "train_loss": loss / images, "val_loss": val_loss, "val_accuracy": accuracy,
-               "ema_accuracy": ema_accuracy}  # fmt: skip
+               "ema_accuracy": ema_accuracy, "images_per_s": images_per_second}  # fmt: skip
         if self.process.device.type == "cuda":
             row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.history.append(row)
+        if self.process.rank == 0:  # before the checkpoint, after which a run that was killed would not write it again
+            lines = "".join(json.dumps(row) + "\n" for row in self.history)
+            (self.options.out / "metrics.jsonl").write_text(lines)
         self.epoch, self.step = self.epoch + 1, 0
         self.seen.zero_()
         self.save()
-        if self.process.rank == 0:
-            lines = "".join(json.dumps(row) + "\n" for row in self.history)
-            (self.options.out / "metrics.jsonl").write_text(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,13 +255,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.sync_bn and options.device != "cuda":
         parser.error("--sync-bn wants --device cuda: DistributedDataParallel refuses SyncBatchNorm on a CPU")
     process = Process.join(options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    data = Data(options, process)
+    if options.batch < 1 or options.batch % process.count:
+        parser.error(f"--batch {options.batch} must be a positive multiple of the {process.count} processes")
+    try:
+        data = Data(options, process)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
     if data.steps == 0:
         parser.error(f"--batch {options.batch} is more than the {len(data.train)} images of {options.data / 'train'}")
+    options.out.mkdir(parents=True, exist_ok=True)
     run, console = Run(options, process, data), Console(quiet=process.rank > 0)
     if options.blocks == "fused":
-        console.print(str(resfuse.report(run.net)).splitlines()[0], highlight=False)
+        report = resfuse.report(run.net, input_size=(1, 3, options.size, options.size))
+        console.print(str(report).splitlines()[0], highlight=False)
     if options.resume and (options.out / "checkpoint.pt").exists():
         try:
             run.load()
@@ -267,8 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress.update(task, completed=step, loss=loss, rate=rate, speed=speed)
 
             progress.update(task, completed=first)
-            run.train_epoch(show)
-            run.finish_epoch()
+            run.finish_epoch(run.train_epoch(show))
     console.print(_table(run.history))
     if process.count > 1:
         dist.destroy_process_group()
