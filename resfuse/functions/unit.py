@@ -184,7 +184,7 @@ def backward(
             dz = kernels.select(dz) if isinstance(dz, Masked) else dz
             dbias = dz.sum((0, 2, 3), dtype=wide(dz.dtype)).to(t.bias.dtype)
         da, dweight = backward_conv(kernels, unit, t, dz, a, add, needs_input, needs.weight, mean)
-        dweight = None if dweight is None else dweight.view(t.weight.shape).to(t.weight.dtype)
+        dweight = None if dweight is None else _like(_as_parameter(dweight, t.weight), t.weight)
         return da, Gradients(dweight, dbias, None, None)
     if unit.form == RECOMPUTE:
         z = raw(kernels, unit, t, a)
@@ -273,9 +273,18 @@ def gradients(unit: Unit, t: Tensors, kept: Kept, dweight: Tensor | None, dgamma
     if t.bias is not None:
         dbias = torch.zeros_like(t.bias) if unit.batch else (kept.scale * dbeta).to(t.bias.dtype)
     if dweight is not None:
-        dweight = _as_parameter(dweight, t.weight).view(t.weight.shape)
+        dweight = _like(_as_parameter(dweight, t.weight), t.weight)
     dgamma = None if t.gamma is None else _as_parameter(dgamma, t.gamma)
     return Gradients(dweight, dbias, dgamma, None if t.beta is None else _as_parameter(dbeta, t.beta))
+
+
+def _like(gradient: Tensor, weight: Tensor) -> Tensor:
+    """A 1x1's gradient in its weight's shape, with its strides even where they do not matter: DDP compares them."""
+    if weight.shape[2:] != (1, 1):
+        return gradient
+    if gradient.stride()[:2] == weight.stride()[:2]:
+        return gradient.as_strided(weight.shape, weight.stride())
+    return gradient.view(weight.shape)
 
 
 def _as_parameter(gradient: Tensor, parameter: Tensor) -> Tensor:
