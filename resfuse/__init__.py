@@ -3,13 +3,15 @@
 from . import blocks
 from ._version import __version__
 from .arguments import ArgumentError
+from .blocks.described import BlockDescription, Part
 from .blocks.mixin import disabled
+from .blocks.plans import register_block
 from .convert import FuseConfig, FuseError, Report, explain, fuse, report, unfuse
 from .kernels.interface import Unsupported
 
 __all__ = [
-    "ArgumentError", "BasicBlock", "Bottleneck", "FuseConfig", "FuseError", "Report", "Unsupported", "__version__",
-    "blocks", "disabled", "explain", "fuse", "report", "unfuse",
+    "ArgumentError", "BasicBlock", "BlockDescription", "Bottleneck", "FuseConfig", "FuseError", "Part", "Report",
+    "Unsupported", "__version__", "blocks", "disabled", "explain", "fuse", "register_block", "report", "unfuse",
 ]
 
 

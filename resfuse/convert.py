@@ -174,20 +174,25 @@ def _survey(
     """(fqn, module, None) for each block with a fused form; (fqn, module, reason) for what holds other convolutions."""
     seen: set[int] = set()
 
-    def visit(module: nn.Module, fqn: str, parent: nn.Module):
+    def visit(module: nn.Module, fqn: str, parent: nn.Module, quiet: bool = False):
         if id(module) in seen:
             return
         seen.add(id(module))
         plan = _plan(module)
         if plan is not None:
+            refused = plan.refusal(module)
             if filter_fn is not None and not filter_fn(module, fqn):
                 yield fqn, module, Reason("filtered", "filter_fn returned False")
             else:
-                yield fqn, module, plan.refusal(module)
-            for name, child in module.named_children() if plan.OWNS is not None else ():
-                if name not in plan.OWNS:
-                    yield from visit(child, f"{fqn}.{name}" if fqn else name, module)
+                yield fqn, module, refused
+            # What a block that runs its original forward calls may have a fused form of its own.
+            inside = set() if refused else {id(inner) for inner in owned(plan, module)}
+            for name, child in module.named_children():
+                if id(child) not in inside:
+                    yield from visit(child, f"{fqn}.{name}" if fqn else name, module, refused is not None)
         elif isinstance(module, nn.modules.conv._ConvNd):
+            if quiet:  # its block's reason is there
+                return
             owner = type(parent).__name__
             yield fqn, module, Reason("no_plan", f"a convolution in {owner}, which has no fused form")
         else:
@@ -203,7 +208,7 @@ def _describe(model: nn.Module, survey: list[tuple[str, nn.Module, Reason | None
     for fqn, module in blocks:
         result.fused.append((fqn, type(module).__name__, _plan(module).forms(module)))
     result.skipped = [(fqn, *reason) for fqn, _, reason in survey if reason is not None]
-    inside = [inner for _, module in blocks for inner in owned(_plan(module), module)]
+    inside = {id(inner): inner for _, module in blocks for inner in owned(_plan(module), module)}.values()
     if any(_is_nchw(conv) for conv in inside if isinstance(conv, nn.Conv2d)):
         result.notes.append(LAYOUT)
     result.coverage = _coverage(model, inside, result.input_size)
@@ -240,7 +245,8 @@ def _is_nchw(conv: nn.Conv2d) -> bool:
 
 
 def _plan(module: nn.Module) -> ModuleType | None:
-    return module.plan if isinstance(module, FusedMixin) else plans.plan_for(type(module))
+    plan = module.plan if isinstance(module, FusedMixin) else plans.plan_for(type(module))
+    return None if plan is not None and hasattr(plan, "applies") and not plan.applies(module) else plan
 
 
 def _check_model(model) -> None:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import cuda_kernels, info, kernels, plot, tables, tune, verify
+from . import coverage, cuda_kernels, info, kernels, plot, tables, tune, verify
 from .implementations import IMPLEMENTATIONS, Implementation
 from .plan import Plan, plan
 from .run import run
@@ -46,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
     compiled = commands.add_parser("kernels", help="what the Triton kernels are compiled to; needs no GPU")
     compiled.add_argument("--arch", type=int, choices=(80, 86, 89, 90, 100), default=90, help="default: 90")
     compiled.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    reach = commands.add_parser("coverage", help="what fuse reaches of each model of a library; needs no GPU")
+    reach.add_argument("models", nargs="*", help="default: all of them")
+    reach.add_argument("--library", choices=coverage.LIBRARIES, default="torchvision")
+    reach.add_argument("--json", type=Path, metavar="PATH", help="results file")
     tuning = commands.add_parser("tune", help="the Triton kernels' tiles measured on a GPU; prints a new launch table")
     tuning.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     tuning.add_argument("--batch", type=int, default=256)
@@ -70,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify.show(found, console)
         verify.write(found, options.json, options.png)
         return 0 if found.passed else 1
-    if options.command == "kernels":
+    if options.command == "coverage":
+        coverage.show(options.library, options.models, options.json, console)
+    elif options.command == "kernels":
         kernels.show(options.arch, getattr(torch, options.dtype), console)
     elif options.command == "tune":
         tune.run(getattr(torch, options.dtype), options.batch, options.seconds, options.device, console)

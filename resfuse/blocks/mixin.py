@@ -24,6 +24,11 @@ from ..kernels.interface import Reason
 from . import gate
 
 FROZEN = "torchvision.ops.misc", "FrozenBatchNorm2d"
+SAME = "timm.layers.conv2d_same", "Conv2dSame"  # pads by what its input's size asks for
+WITH_ACTIVATION = {  # inside them, as children; nothing else of theirs differs
+    ("timm.layers.norm_act", "BatchNormAct2d"): "batch", ("timm.layers.norm_act", "SyncBatchNormAct"): "sync",
+}  # fmt: skip
+SOME = "some"
 PLAIN = (nn.Parameter, torch.Tensor, type(None))  # subclasses may do more
 tracing_state, functorch_level = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
 _disabled = ContextVar("resfuse_disabled", default=os.environ.get("RESFUSE_DISABLE", "0") not in ("", "0"))
@@ -115,7 +120,7 @@ class FusedMixin:
         reason = self.plan.refusal(self)
         replica = "_is_replica" in self.__dict__  # DataParallel's share the state, and live for one call
         if reason is None and unchanged is not None and not replica:
-            state.record = gate.record(self, owned(self.plan, self))
+            state.record = gate.record(self, watched(self.plan, self))
         return reason
 
     def _in_graph(self) -> bool:
@@ -140,9 +145,16 @@ class FusedMixin:
 
 def owned(plan: ModuleType, block: nn.Module) -> list[nn.Module]:
     """The modules inside a block that its plan runs itself, with all that is in them."""
+    if plan.OWNS is SOME:
+        return plan.owned(block)
     if plan.OWNS is None:
         return list(block.modules())[1:]
     return [inner for name in plan.OWNS for inner in block.get_submodule(name).modules()]
+
+
+def watched(plan: ModuleType, block: nn.Module) -> list[nn.Module]:
+    """The modules that a plan's refusal may depend on."""
+    return plan.watched(block) if plan.OWNS is SOME else owned(plan, block)
 
 
 def call_refusal(x) -> Reason | None:
@@ -172,17 +184,19 @@ def pair_refusal(block: nn.Module, pair: Pair) -> Reason | None:
     return conv_refusal(pair.conv, conv) or norm_refusal(pair.norm, norm)
 
 
-def conv_refusal(name: str, conv: nn.Module) -> Reason | None:
-    if type(conv) is not nn.Conv2d:
+def conv_refusal(name: str, conv: nn.Module, same: bool = False) -> Reason | None:
+    """same: whether timm's Conv2dSame will do too."""
+    if type(conv) is not nn.Conv2d and not (same and pads_same(conv)):
         return Reason("module_type", f"{name} is a {type(conv).__name__}, not nn.Conv2d")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return Reason("padding", f"{name} pads by {conv.padding_mode!r}, {conv.padding!r}; zeros by numbers only")
     return _inside_refusal(name, conv)
 
 
-def norm_refusal(name: str, norm: nn.Module) -> Reason | None:
+def norm_refusal(name: str, norm: nn.Module, acts: bool = False) -> Reason | None:
+    """acts: whether those with an activation inside will do too."""
     kind = norm_kind(type(norm))
-    if kind is None:
+    if kind is None or (has_activation(type(norm)) and not acts):
         return Reason("module_type", f"{name} is a {type(norm).__name__}, not nn.BatchNorm2d")
     if kind == "sync" and torch.compiler.is_compiling():
         return Reason("sync_in_graph", f"{name} is a SyncBatchNorm, whose collectives are in no graph of ours")
@@ -217,7 +231,10 @@ def wrapped(name: str, module: nn.Module) -> Reason | None:
 
 def read_pair(block: nn.Module, pair: Pair) -> ConvBN:
     """The pair's tensors and settings as they are now; nothing is cached between calls."""
-    conv, norm = pair.modules(block)
+    return read_modules(*pair.modules(block))
+
+
+def read_modules(conv: nn.Module, norm: nn.Module) -> ConvBN:
     weight, bias, *geometry = read_conv(conv)
     *tensors, eps, momentum, training, group = read_norm(norm)
     return ConvBN(weight, *tensors, bias, *geometry, eps, momentum, training, group)
@@ -263,7 +280,16 @@ def norm_kind(cls: type) -> str | None:
         return "batch"
     if cls is nn.SyncBatchNorm:
         return "sync"
-    return "frozen" if (cls.__module__, cls.__qualname__) == FROZEN else None
+    name = cls.__module__, cls.__qualname__
+    return "frozen" if name == FROZEN else WITH_ACTIVATION.get(name)
+
+
+def has_activation(cls: type) -> bool:
+    return (cls.__module__, cls.__qualname__) in WITH_ACTIVATION
+
+
+def pads_same(conv: nn.Module) -> bool:
+    return (type(conv).__module__, type(conv).__qualname__) == SAME
 
 
 @cache

@@ -3,25 +3,49 @@
 A plan is a module of this package with
     ORIGINALS               the qualified names of the classes
     LISTS                   whether its input may be a list of tensors
-    OWNS                    the children that it runs itself, None for all; the others are surveyed as ever
+    OWNS                    the children that it runs itself, None for all; SOME: owned(block) lists the modules, and
+                            watched(block) all that decide; the others are surveyed as ever
     refusal(block)          why the block must run its original forward, or None
     run(block, x, backend)  the fused forward
     forms(block)            what `explain` says of it
-and, as attributes of the originals' names, the fused classes.
+    applies(block)          where not every block of the classes is meant: whether this one is
+and, where a class has a name of its own, as attributes of the originals' names, the fused classes.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from . import bn_relu, chain, conv_bn_relu, dense_layer, residual_block, resnet, stem, transition
+from torch import nn
+
+from . import bn_relu, chain, conv_bn_relu, dense_layer, described, residual_block, resnet, sequential, stem, transition
 from .mixin import qualified_name
 
 PLANS: dict[str, ModuleType] = {
     original: plan
-    for plan in (bn_relu, chain, conv_bn_relu, dense_layer, residual_block, resnet, stem, transition)
+    for plan in (
+        bn_relu, chain, conv_bn_relu, dense_layer, described, residual_block, resnet, sequential, stem, transition,
+    )
     for original in plan.ORIGINALS
 }
+
+
+def register_block(block: type[nn.Module] | str, description: described.BlockDescription) -> None:
+    """Give a class of blocks a fused form: `fuse` knows it from then on.
+
+    block: the class, or its qualified name, for which nothing is imported; exactly this class is meant, not subclasses.
+    Raises ValueError where it has another fused form already, TypeError for arguments of other types.
+    """
+    if not (isinstance(block, str) or (isinstance(block, type) and issubclass(block, nn.Module))):
+        raise TypeError(f"block must be a class of torch.nn.Module or its qualified name, got {block!r}")
+    if not isinstance(description, described.BlockDescription):
+        raise TypeError(f"description must be a resfuse.BlockDescription, got {type(description).__name__}")
+    if not description.parts or not all(isinstance(part, described.Part) for part in description.parts):
+        raise TypeError("description.parts must be one resfuse.Part or more")
+    name = block if isinstance(block, str) else qualified_name(block)
+    if PLANS.get(name, described) is not described or described.BLOCKS.get(name, description) != description:
+        raise ValueError(f"{name} has a fused form already")
+    described.BLOCKS[name], PLANS[name] = description, described
 
 
 def plan_for(cls: type) -> ModuleType | None:

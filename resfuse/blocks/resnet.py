@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..arguments import ConvBN
 from ..kernels.interface import Reason
-from .mixin import Pair, export, pair_refusal, plain_refusal, read_pair, wrapped
+from .mixin import Pair, export, original_class, pair_refusal, plain_refusal, read_pair, wrapped
 
 ORIGINALS = ("torchvision.models.resnet.BasicBlock", "torchvision.models.resnet.Bottleneck")
 LISTS = False  # of tensors side by side as input
@@ -20,7 +20,7 @@ def refusal(block: nn.Module) -> Reason | None:
     """Why the block, as it is now, must run its original forward."""
     downsample = block.downsample
     if downsample is not None:
-        if type(downsample) is not nn.Sequential or len(downsample) != 2:
+        if original_class(type(downsample)) is not nn.Sequential or len(downsample) != 2:
             return Reason("downsample", "downsample is not nn.Sequential(Conv2d, BatchNorm2d)")
         reason = wrapped("downsample", downsample)
         if reason:

@@ -1,0 +1,141 @@
+"""`python -m resfuse coverage`: what `fuse` reaches of every model of a library; on the meta device, without data.
+
+A model counts if it is a convolutional network with BatchNorm: half as many BatchNorms as convolutions, or more.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from .. import convert
+from ..testing.environment import environment
+from .results import write_json
+
+LIBRARIES = ("torchvision", "timm")
+ENOUGH = 0.9  # of a model's convolution multiply-adds
+
+
+@dataclass(frozen=True)
+class Row:
+    """coverage: share of convolution multiply-adds inside fused blocks at the model's own input size, None where a
+    forward on the meta device is not possible; others: classes that hold the other convolutions, and how many."""
+
+    model: str
+    family: str
+    coverage: float | None
+    blocks: int
+    input_size: list[int]
+    others: dict[str, int]
+
+
+def names(library: str) -> list[str]:
+    if library == "timm":
+        import timm
+
+        return timm.list_models()
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def build(library: str, name: str, meta: bool = True) -> tuple[nn.Module, tuple[int, ...]]:
+    """The model, with meta without data where it can be made so, and an input's size."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not meta:
+            return _built(library, name)
+        try:
+            with torch.device("meta"):
+                return _built(library, name)
+        except NotImplementedError:  # it looks at values to find its own sizes
+            return _built(library, name)
+
+
+def _built(library: str, name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    if library == "timm":
+        import timm
+
+        model = timm.create_model(name)
+        return model, (1, *model.default_cfg["input_size"])
+    import torchvision
+
+    inputs = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    side = 299 if name == "inception_v3" else 224
+    return torchvision.models.get_model(name, **inputs), (1, 3, side, side)
+
+
+def counts(model: nn.Module) -> bool:
+    """Whether it is one of those that this is about."""
+    kinds = Counter(
+        kind for module in model.modules() for kind in (nn.Conv2d, nn.BatchNorm2d) if isinstance(module, kind)
+    )
+    return kinds[nn.BatchNorm2d] > 0 and 2 * kinds[nn.BatchNorm2d] >= kinds[nn.Conv2d]
+
+
+def rows(library: str, chosen: Sequence[str]) -> Iterator[Row]:
+    for name in track(chosen, description=library, transient=True):
+        model, size = build(library, name)
+        if counts(model):
+            yield row(name, model, size)
+
+
+def row(name: str, model: nn.Module, size: tuple[int, ...]) -> Row:
+    found = convert.explain(model, input_size=size)
+    modules = dict(model.named_modules())
+    owners = (fqn.rpartition(".")[0] if code == "no_plan" else fqn for fqn, code, _ in found.skipped)
+    others = Counter(type(modules[fqn]).__name__ for fqn in owners)
+    family = type(model).__module__.rpartition(".")[2]
+    return Row(name, family, found.coverage, len(found.fused), list(size), dict(others.most_common(4)))
+
+
+def show(library: str, chosen: Sequence[str], out: Path | None, console: Console) -> None:
+    found = list(rows(library, chosen or names(library)))
+    if out is not None:
+        facts, command = environment("cpu"), f"python -m resfuse coverage --library {library} --json {out}"
+        models = [asdict(each) for each in found]
+        write_json(out, {"command": command, "environment": facts, "library": library, "models": models})
+    table = Table(title=f"Share of convolution multiply-adds in fused blocks, {library}", title_justify="left")
+    for column in ("model", "fused", "blocks", "others"):
+        table.add_column(column, justify="right" if column in ("fused", "blocks") else "left")
+    for each in found:
+        others = ", ".join(f"{count} in {name}" for name, count in each.others.items())
+        table.add_row(each.model, share(each.coverage), str(each.blocks), others)
+    console.print(table)
+    console.print(summary(found), highlight=False)
+
+
+def summary(found: Sequence[Row]) -> str:
+    enough = sum((each.coverage or 0) >= ENOUGH for each in found)
+    some = sum(each.blocks > 0 for each in found)
+    return f"{len(found)} convolutional models with BatchNorm: {some} have fused blocks, {enough} at least {ENOUGH:.0%}"
+
+
+def families(results: dict) -> list[str]:
+    """docs/models.md's table: a line for each family of a results file."""
+    lines = ["| family | models | with 90 % or more | median share | the rest is in |", "|---|---|---|---|---|"]
+    for family in sorted({each["family"] for each in results["models"]}):
+        its = [each for each in results["models"] if each["family"] == family]
+        shares = sorted(each["coverage"] or 0 for each in its)
+        enough, median = sum(s >= ENOUGH for s in shares), share(shares[len(shares) // 2])
+        rest = ", ".join(name for name, _ in Counter(name for each in its for name in each["others"]).most_common(3))
+        lines.append(f"| {family} | {len(its)} | {enough} | {median} | {rest} |")
+    return lines
+
+
+def share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.0%}"
+
+
+def load(path: Path) -> list[Row]:
+    return [Row(**each) for each in json.loads(path.read_text())["models"]]

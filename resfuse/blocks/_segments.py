@@ -1,0 +1,117 @@
+"""Convolutions, BatchNorms and activations in a row, as modules, cut into what runs fused and what is called.
+
+A chain in one Function has ReLU between its convolutions. Where something else follows a convolution (another
+activation, attention, anti-aliasing), the chain ends there, the module is called, and another chain begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from ..kernels.interface import Reason
+from .mixin import conv_refusal, norm_refusal, pads_same, plain_refusal, read_modules, wrapped
+
+ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "timm.layers.activations_me")
+
+
+class Step(NamedTuple):
+    """A convolution, its BatchNorm, and the modules after them in order; identities and what is None are left out."""
+
+    conv: nn.Module
+    norm: nn.Module
+    after: tuple[nn.Module, ...] = ()
+
+
+class Segment(NamedTuple):
+    """A chain: pairs of a convolution and its BatchNorm, ReLU between them and, where relu, at the end; then called."""
+
+    pairs: tuple[tuple[nn.Module, nn.Module], ...]
+    relu: bool
+    then: tuple[nn.Module, ...]
+
+
+def step(conv: nn.Module, norm: nn.Module, *after: nn.Module | None) -> Step:
+    """What is inside the BatchNorm (timm's BatchNormAct2d) comes before what is after it."""
+    inside = (norm._modules.get("drop"), norm._modules.get("act"))
+    return Step(conv, norm, tuple(m for m in (*inside, *after) if not does_nothing(m)))
+
+
+def does_nothing(module: nn.Module | None) -> bool:
+    """Whether there is nothing to call: no module, or an identity without hooks."""
+    return module is None or (type(module) is nn.Identity and wrapped("identity", module) is None)
+
+
+def segments(steps: Iterable[Step]) -> list[Segment]:
+    found: list[Segment] = []
+    for conv, norm, after in steps:
+        relu = len(after) > 0 and type(after[0]) is nn.ReLU
+        joins = found and found[-1].relu and not found[-1].then and not pads_same(conv)
+        before = found.pop().pairs if joins else ()
+        found.append(Segment((*before, (conv, norm)), relu, after[1:] if relu else after))
+    return found
+
+
+def refusal(block: nn.Module, steps: Iterable[Step]) -> Reason | None:
+    """Why the steps cannot be read and run from outside their modules."""
+    names, norms = {id(m): name for name, m in block.named_modules()}, set()
+    for conv, norm, after in steps:
+        reason = conv_refusal(names.get(id(conv), "conv"), conv, same=True)
+        reason = reason or norm_refusal(names.get(id(norm), "norm"), norm, acts=True)
+        if reason is None and after and type(after[0]) is nn.ReLU:
+            reason = plain_refusal(names.get(id(after[0]), "activation"), after[0], nn.ReLU)
+        if reason is None and after and is_other_activation(after[0]):
+            text = f"{type(after[0]).__name__} follows {names.get(id(norm), 'a BatchNorm')}; only ReLU has a fused form"
+            reason = Reason("activation", text)
+        if reason is None and id(norm) in norms:
+            reason = Reason("shared_norm", "one BatchNorm serves two convolutions, and would be updated once")
+        if reason is not None:
+            return reason
+        norms.add(id(norm))
+    return None
+
+
+def is_other_activation(module: nn.Module) -> bool:
+    """An activation after which backward would want what the kernels do not keep."""
+    return type(module).__module__ in ACTIVATIONS and type(module) is not nn.ReLU
+
+
+def bypassed(steps: Iterable[Step]) -> Iterator[nn.Module]:
+    """The modules whose forward the segments stand for."""
+    for conv, norm, after in steps:
+        yield from (conv, norm)
+        if after and type(after[0]) is nn.ReLU:
+            yield after[0]
+
+
+def run(found: Iterable[Segment], x: Tensor, backend: str) -> Tensor:
+    for segment in found:
+        x = chain(segment, x, backend)
+        for module in segment.then:
+            x = module(x)
+    return x
+
+
+def chain(segment: Segment, x: Tensor, backend: str) -> Tensor:
+    x = padded(segment.pairs[0][0], x)
+    return functional.conv_bn_relu(x, *convs(segment), relu=segment.relu, backend=backend)
+
+
+def convs(segment: Segment) -> list[functional.ConvBN]:
+    return [read_modules(conv, norm) for conv, norm in segment.pairs]
+
+
+def padded(conv: nn.Module, x: Tensor) -> Tensor:
+    """x as a convolution with TensorFlow's "same" padding, which depends on sizes, wants it; it pads no more itself."""
+    if not pads_same(conv):
+        return x
+    sides = []
+    for size, k, stride, dilation in zip(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True):
+        total = max((-(-size // stride) - 1) * stride + (k - 1) * dilation + 1 - size, 0)
+        sides.append((total // 2, total - total // 2))
+    (top, bottom), (left, right) = sides
+    return F.pad(x, (left, right, top, bottom)) if any(map(any, sides)) else x

@@ -1,0 +1,78 @@
+"""nn.Sequential: two or more convolutions, each with a BatchNorm, in a row with ReLU between them."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..kernels.interface import Reason
+from . import _segments
+from ._segments import Step, is_other_activation
+from .mixin import SOME, norm_kind
+
+ORIGINALS = ("torch.nn.modules.container.Sequential",)
+LISTS = False
+OWNS = SOME
+
+
+def find(block: nn.Sequential) -> list[nn.Module | list[Step]]:
+    """Its children in order, a list of steps for each row of convolutions."""
+    found: list[nn.Module | list[Step]] = []
+    children = list(block._modules.values())
+    while children:
+        step = _step(children)
+        if step is None:
+            found.append(children.pop(0))
+            continue
+        if not (found and isinstance(found[-1], list)):
+            found.append([])
+        found[-1].append(step)
+        del children[: 3 if step.after and step.after[-1] is children[2] else 2]
+    return found
+
+
+def _step(children: list[nn.Module]) -> Step | None:
+    """What the children begin with, if that is a convolution and its BatchNorm, with ReLU or without activation."""
+    if len(children) < 2 or not isinstance(children[0], nn.Conv2d) or norm_kind(type(children[1])) is None:
+        return None
+    after = children[2:3]
+    relu = [m for m in after if type(m) is nn.ReLU]
+    step = _segments.step(*children[:2], *relu)
+    others = [m for m in (*after, *step.after) if is_other_activation(m)]
+    return None if others else step
+
+
+def applies(block: nn.Sequential) -> bool:
+    """Whether anything is to be gained: of a lone convolution as much is kept either way."""
+    rows = (part for part in find(block) if isinstance(part, list))
+    return any(len(segment.pairs) > 1 for row in rows for segment in _segments.segments(row))
+
+
+def refusal(block: nn.Sequential) -> Reason | None:
+    """Why the block, as it is now, must run its original forward."""
+    steps = _steps(block)
+    return _segments.refusal(block, steps) if steps else Reason("children", "there is no convolution with a BatchNorm")
+
+
+def owned(block: nn.Sequential) -> list[nn.Module]:
+    return list(_segments.bypassed(_steps(block)))
+
+
+def watched(block: nn.Sequential) -> list[nn.Module]:
+    """Everything that `find` looks at."""
+    children = list(block._modules.values())
+    return [*children, *(inner for child in children if norm_kind(type(child)) for inner in child._modules.values())]
+
+
+def run(block: nn.Sequential, x: Tensor, backend: str) -> Tensor:
+    for part in find(block):
+        x = _segments.run(_segments.segments(part), x, backend) if isinstance(part, list) else part(x)
+    return x
+
+
+def forms(block: nn.Sequential) -> str:
+    chains = [segment for part in find(block) if isinstance(part, list) for segment in _segments.segments(part)]
+    return " + ".join(f"{len(chain.pairs)} in a row" for chain in chains)
+
+
+def _steps(block: nn.Sequential) -> list[Step]:
+    return [step for part in find(block) if isinstance(part, list) for step in part]

@@ -1,0 +1,29 @@
+"""`python -m resfuse coverage`: shares of models whose answer is known, without a weight being made."""
+
+import json
+
+from rich.console import Console
+
+from resfuse.bench import coverage
+
+
+def test_shares_of_known_models(tmp_path, capsys):
+    path = tmp_path / "coverage.json"
+    coverage.show("torchvision", ["resnet18", "alexnet", "vgg11_bn", "mobilenet_v2"], path, Console(width=100))
+    assert "3 convolutional models with BatchNorm" in capsys.readouterr().out
+    rows = {row.model: row for row in coverage.load(path)}
+    assert list(rows) == ["resnet18", "vgg11_bn", "mobilenet_v2"], "alexnet has no BatchNorm"
+    assert rows["resnet18"].coverage == 1 and rows["resnet18"].others == {} and rows["resnet18"].blocks == 9
+    assert rows["mobilenet_v2"].coverage == 0 and "Conv2dNormActivation" in rows["mobilenet_v2"].others
+    assert rows["vgg11_bn"].input_size == [1, 3, 224, 224]
+    lines = coverage.families(json.loads(path.read_text()))
+    assert lines[2:] == [
+        "| mobilenetv2 | 1 | 0 | 0% | Conv2dNormActivation, InvertedResidual |", "| resnet | 1 | 1 | 100% |  |",
+        "| vgg | 1 | 1 | 100% |  |",
+    ]  # fmt: skip
+
+
+def test_a_model_that_looks_at_values_is_built_with_them():
+    model, size = coverage.build("torchvision", "regnet_x_400mf")
+    assert not any(p.is_meta for p in model.parameters()) and size == (1, 3, 224, 224)
+    assert all(p.is_meta for p in coverage.build("torchvision", "resnet18")[0].parameters())

@@ -1,0 +1,247 @@
+"""Blocks of timm and torchvision that are described by their parts, and rows of convolutions in nn.Sequential."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.regnet import ResBottleneckBlock
+
+import resfuse
+from resfuse.blocks.described import BLOCKS
+from resfuse.blocks.mixin import FusedMixin
+
+timm = pytest.importorskip("timm")
+from timm import layers  # noqa: E402
+from timm.models import _efficientnet_blocks as efficientnet  # noqa: E402
+from timm.models import regnet, resnet  # noqa: E402
+
+C = 16
+
+
+def down(channels, stride, average=False):
+    return (resnet.downsample_avg if average else resnet.downsample_conv)(C, channels, 1, stride)
+
+
+BUILDERS = {
+    "basic": lambda: resnet.BasicBlock(C, C),
+    "basic strided": lambda: resnet.BasicBlock(C, 8, 2, down(8, 2), drop_path=layers.DropPath(0.5)),
+    "basic blurred": lambda: resnet.BasicBlock(C, 8, 2, down(8, 2), aa_layer=layers.BlurPool2d),
+    "bottleneck": lambda: resnet.Bottleneck(C, 4, drop_path=layers.DropPath(0.5)),
+    "bottleneck d": lambda: resnet.Bottleneck(C, 4, 2, down(16, 2, average=True)),
+    "bottleneck with attention": lambda: resnet.Bottleneck(
+        C, 4, 2, down(16, 2), attn_layer=layers.SEModule, drop_path=layers.DropPath(0.5)
+    ),
+    "bottleneck blurred": lambda: resnet.Bottleneck(C, 4, 2, down(16, 2, average=True), aa_layer=layers.BlurPool2d),
+    "bottleneck with blocks left out": lambda: resnet.Bottleneck(
+        C, 4, drop_block=lambda: layers.DropBlock2d(0.3, 3)
+    ),
+    "regnet": lambda: regnet.Bottleneck(C, 24, 2, group_size=8, se_ratio=0, drop_path_rate=0.5),
+    "regnet with attention": lambda: regnet.Bottleneck(C, C, group_size=8),
+    "regnet without shortcut": lambda: regnet.Bottleneck(C, 24, downsample=None, se_ratio=0),
+    "edge": lambda: efficientnet.EdgeResidual(C, C, exp_ratio=2, drop_path_rate=0.5),
+    "edge, strided, same": lambda: efficientnet.EdgeResidual(C, 24, 3, 2, exp_ratio=2, pad_type="same"),
+    "edge with attention": lambda: efficientnet.EdgeResidual(C, C, exp_ratio=2, se_layer=efficientnet.SqueezeExcite),
+    "torchvision regnet": lambda: ResBottleneckBlock(C, 24, 2, nn.BatchNorm2d, nn.ReLU, 8, 1.0, None),
+    "torchvision regnet with attention": lambda: ResBottleneckBlock(C, C, 1, nn.BatchNorm2d, nn.ReLU, 8, 1.0, 0.25),
+    "row": lambda: nn.Sequential(
+        nn.Conv2d(C, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
+    ),
+    "row and others": lambda: nn.Sequential(
+        nn.Conv2d(C, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8),
+        nn.Conv2d(8, 4, 3), nn.GELU(),
+    ),
+}  # fmt: skip
+ALL = pytest.mark.parametrize("name", BUILDERS)
+
+
+def twins(name):
+    torch.manual_seed(0)
+    eager = BUILDERS[name]().double()
+    for module in eager.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.normal_(module.bias, 0, 0.5)
+            nn.init.normal_(module.running_mean, 0, 0.2), nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return eager, resfuse.fuse(copy.deepcopy(eager))
+
+
+def step(block, x):
+    torch.manual_seed(1)  # for what is drawn
+    x = x.clone().requires_grad_()
+    out = block(x)
+    out.sin().sum().backward()
+    found = {"out": out.detach(), "dx": x.grad, **{f"d{n}": p.grad for n, p in block.named_parameters()}}
+    return found | {n: b.clone() for n, b in block.named_buffers()}
+
+
+@ALL
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_described_block_is_its_eager_twin(name, training):
+    eager, fused = twins(name)
+    assert isinstance(fused, FusedMixin)
+    x = torch.randn(3, C, 9, 8, dtype=torch.float64)
+    expected, found = (step(block.train(training), x) for block in (eager, fused))
+    assert not any(m.resfuse_state.fallbacks for m in fused.modules() if isinstance(m, FusedMixin))
+    assert found.keys() == expected.keys()
+    for key, theirs in expected.items():
+        assert (theirs is None) == (found[key] is None), key
+        if theirs is not None:
+            torch.testing.assert_close(found[key], theirs, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@ALL
+def test_it_comes_back(name):
+    eager, fused = twins(name)
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    assert copy.deepcopy(fused).state_dict().keys() == eager.state_dict().keys()
+    assert [type(m) for m in resfuse.unfuse(fused).modules()] == [type(m) for m in eager.modules()]
+
+
+@pytest.mark.parametrize("name", [n for n in BUILDERS if "attention" not in n and "left out" not in n])
+def test_hooks_inside_fire(name):
+    """On whatever module: it is called, or the block runs its original forward."""
+    eager, fused = twins(name)
+    x = torch.randn(2, C, 9, 8, dtype=torch.float64)
+    inner = [n for n, m in eager.named_modules() if n]
+    for which in inner:
+        calls = []
+        for block in (eager, fused):
+            fired = []
+            handle = block.get_submodule(which).register_forward_hook(lambda *_, fired=fired: fired.append(1))
+            torch.manual_seed(1)
+            block.eval()(x)
+            handle.remove()
+            calls.append(len(fired))
+        assert calls[0] == calls[1], which
+
+
+def test_every_description_has_a_block_here():
+    built = {f"{type(b).__module__}.{type(b).__qualname__}" for b in (builder() for builder in BUILDERS.values())}
+    assert set(BLOCKS) <= built
+
+
+def test_a_dropped_path_draws_what_timm_draws():
+    eager, fused = twins("bottleneck")
+    x = torch.randn(64, C, 4, 4, dtype=torch.float64)
+    a, b = step(eager, x), step(fused, x)
+    dropped = (a["out"] == torch.relu(x)).flatten(1).all(1)
+    assert 10 < dropped.sum() < 54
+    assert torch.equal(dropped, (b["out"] == torch.relu(x)).flatten(1).all(1))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: resnet.Bottleneck(C, 4, act_layer=nn.SiLU),
+    lambda: regnet.Bottleneck(C, C, group_size=8, act_layer=layers.Swish),
+    lambda: efficientnet.EdgeResidual(C, C, act_layer=nn.ReLU6),
+])  # fmt: skip
+def test_other_activations_are_named(make):
+    (row,) = (row for row in resfuse.explain(make()).skipped if row[1] == "activation")
+    assert "follows" in row[2] and "only ReLU has a fused form" in row[2]
+
+
+def test_sequentials_without_a_row_stay_as_they_are():
+    lone = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+    for plain in (nn.Sequential(OrderedDict(a=nn.Conv2d(3, 4, 1), b=nn.ReLU())), nn.Sequential(*lone)):
+        with pytest.warns(UserWarning, match="fused nothing"):
+            assert type(resfuse.fuse(plain)) is nn.Sequential
+    model = resfuse.fuse(torchvision.models.resnet18())
+    assert type(model.layer1) is nn.Sequential and type(model.layer2[0].downsample) is nn.Sequential
+
+
+class Layer(nn.Module):
+    """As Hugging Face's ResNets name things."""
+
+    def __init__(self, in_channels, out_channels, kernel, stride=1, activation=True):
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+        self.normalization = nn.BatchNorm2d(out_channels)
+        self.activation = nn.ReLU() if activation else nn.Identity()
+
+    def forward(self, x):
+        return self.activation(self.normalization(self.convolution(x)))
+
+
+class Shortcut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(C, 24, 1, 2, bias=False)
+        self.normalization = nn.BatchNorm2d(24)
+
+    def forward(self, x):
+        return self.normalization(self.convolution(x))
+
+
+class OwnBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(Layer(C, 8, 1), Layer(8, 8, 3, 2), Layer(8, 24, 1, activation=False))
+        self.shortcut, self.activation = Shortcut(), nn.ReLU()
+
+    def forward(self, x):
+        return self.activation(self.layer(x) + self.shortcut(x))
+
+
+OWN = resfuse.BlockDescription(
+    tuple(
+        resfuse.Part(f"layer.{i}.convolution", f"layer.{i}.normalization", (f"layer.{i}.activation",)) for i in range(3)
+    ),
+    shortcut="shortcut", activation="activation",
+)  # fmt: skip
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """As they are without what a test registers."""
+    from resfuse.blocks import described, plans
+
+    monkeypatch.setattr(plans, "PLANS", dict(plans.PLANS))
+    monkeypatch.setattr(described, "BLOCKS", dict(described.BLOCKS))
+
+
+def test_a_block_of_ones_own(tables):
+    torch.manual_seed(0)
+    eager = OwnBlock().double()
+    resfuse.register_block(OwnBlock, OWN)
+    resfuse.register_block(OwnBlock, OWN)  # again is the same
+    fused = resfuse.fuse(copy.deepcopy(eager))
+    x = torch.randn(2, C, 9, 8, dtype=torch.float64)
+    expected, found = step(eager, x), step(fused, x)
+    assert type(fused).__name__ == "OwnBlock" and isinstance(fused, FusedMixin) and not fused.resfuse_state.fallbacks
+    assert resfuse.report(fused).fused == [("", "OwnBlock", "3 convolutions")]
+    for key, theirs in expected.items():
+        torch.testing.assert_close(found[key], theirs, rtol=1e-9, atol=1e-9)
+
+
+INVERTED = resfuse.BlockDescription(
+    (resfuse.Part("conv_s2d", "bn_s2d"), resfuse.Part("conv_pw", "bn1"), resfuse.Part("conv_dw", "bn2", ("aa", "se")),
+     resfuse.Part("conv_pwl", "bn3")),
+    drop_path="drop_path", skips="has_skip",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "pad_type": "same"}, {"se_layer": efficientnet.SqueezeExcite}])
+def test_an_inverted_residual_for_who_wants_it(options, tables):
+    resfuse.register_block("timm.models._efficientnet_blocks.InvertedResidual", INVERTED)
+    torch.manual_seed(0)
+    eager = efficientnet.InvertedResidual(C, C, exp_ratio=2, drop_path_rate=0.5, **options).double()
+    fused = resfuse.fuse(copy.deepcopy(eager))
+    x = torch.randn(3, C, 9, 8, dtype=torch.float64)
+    expected, found = step(eager, x), step(fused, x)
+    assert not fused.resfuse_state.fallbacks
+    for key, theirs in expected.items():
+        torch.testing.assert_close(found[key], theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_what_cannot_be_registered(tables):
+    with pytest.raises(ValueError, match="torchvision.models.resnet.Bottleneck has a fused form already"):
+        resfuse.register_block("torchvision.models.resnet.Bottleneck", OWN)
+    resfuse.register_block(OwnBlock, OWN)
+    with pytest.raises(ValueError, match="OwnBlock has a fused form already"):
+        resfuse.register_block(OwnBlock, OWN._replace(activation=None))
+    nothing = OWN._replace(parts=())
+    for block, description in ((OwnBlock(), OWN), (int, OWN), (OwnBlock, "3 convolutions"), (Layer, nothing)):
+        with pytest.raises(TypeError):
+            resfuse.register_block(block, description)
