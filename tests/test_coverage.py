@@ -18,7 +18,7 @@ def test_shares_of_known_models(tmp_path, capsys):
     assert rows["vgg11_bn"].input_size == [1, 3, 224, 224]
     lines = coverage.families(json.loads(path.read_text()))
     assert lines[2:] == [
-        "| mobilenetv2 | 1 | 0 | 0% | Conv2dNormActivation, InvertedResidual |", "| resnet | 1 | 1 | 100% |  |",
+        "| mobilenetv2 | 1 | 0 | 0% | Conv2dNormActivation, Sequential |", "| resnet | 1 | 1 | 100% |  |",
         "| vgg | 1 | 1 | 100% |  |",
     ]  # fmt: skip
 

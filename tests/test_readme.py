@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from resfuse.bench import coverage
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -70,6 +72,12 @@ def test_the_overhead_table_is_what_its_results_file_gives():
     results = json.loads((ROOT / "benchmarks" / "results" / "overhead.json").read_text())
     assert "\n".join(script("overhead").table(results)) in text and results["command"] in text
     assert f"took {results['fuse_resnet50_ms']:g} ms" in text
+
+
+def test_the_coverage_table_is_what_its_results_file_gives():
+    text = (ROOT / "docs" / "models.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "coverage-torchvision.json").read_text())
+    assert "\n".join(coverage.families(results)) in text and results["command"].split(" --json")[0] in text
 
 
 def test_the_figure_exists_and_is_named():

@@ -6,6 +6,7 @@ A model counts if it is a convolutional network with BatchNorm: half as many Bat
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from .. import convert
 from ..testing.environment import environment
 from .results import write_json
 
+log = logging.getLogger("resfuse")
 LIBRARIES = ("torchvision", "timm")
 ENOUGH = 0.9  # of a model's convolution multiply-adds
 
@@ -58,7 +60,7 @@ def build(library: str, name: str, meta: bool = True) -> tuple[nn.Module, tuple[
         try:
             with torch.device("meta"):
                 return _built(library, name)
-        except NotImplementedError:  # it looks at values to find its own sizes
+        except RuntimeError:  # it looks at values to find its own sizes
             return _built(library, name)
 
 
@@ -85,7 +87,11 @@ def counts(model: nn.Module) -> bool:
 
 def rows(library: str, chosen: Sequence[str]) -> Iterator[Row]:
     for name in track(chosen, description=library, transient=True):
-        model, size = build(library, name)
+        try:
+            model, size = build(library, name)
+        except Exception as error:  # the library's own, or what it wants installed
+            log.warning("%s cannot be built: %s", name, error)
+            continue
         if counts(model):
             yield row(name, model, size)
 
