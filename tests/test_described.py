@@ -142,6 +142,12 @@ def test_other_activations_are_named(make):
     assert "follows" in row[2] and "only ReLU has a fused form" in row[2]
 
 
+def test_synchronised_statistics_are_left_to_the_original_forward():
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(resfuse.fuse(resnet.Bottleneck(C, 4, 2, down(16, 2))))
+    block(torch.randn(2, C, 9, 8))
+    assert set(block.resfuse_state.fallbacks) == {"sync_order"}
+
+
 def test_sequentials_without_a_row_stay_as_they_are():
     lone = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
     for plain in (nn.Sequential(OrderedDict(a=nn.Conv2d(3, 4, 1), b=nn.ReLU())), nn.Sequential(*lone)):

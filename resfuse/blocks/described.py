@@ -20,7 +20,7 @@ from ..functional import Pooled, Window
 from ..kernels.interface import Reason
 from . import _segments
 from ._segments import Segment, Step, does_nothing
-from .mixin import SOME, plain_refusal, wrapped
+from .mixin import SOME, norm_kind, plain_refusal, wrapped
 
 LISTS = False
 OWNS = SOME
@@ -52,9 +52,8 @@ class BlockDescription(NamedTuple):
     activation: str | None = None
 
 
-def wrapper(*names: str, then: tuple[str, ...] = ()) -> Part:
+def wrapper(name: str, then: tuple[str, ...] = ()) -> Part:
     """A timm ConvNormAct, the activation of which is inside its BatchNorm."""
-    (name,) = names
     return Part(f"{name}.conv", f"{name}.bn", (f"{name}.aa", *then))
 
 
@@ -165,6 +164,9 @@ def refusal(block: nn.Module) -> Reason | None:
         if reason:
             return reason
     beside = [found.shortcut.step] if isinstance(found.shortcut, Beside) else []
+    if any(norm_kind(type(norm)) == "sync" for _, norm, _ in (*found.steps, *beside)):
+        # A process that runs the original forward, of an empty batch, would meet the others at another BatchNorm.
+        return Reason("sync_order", "its SyncBatchNorms would meet in another order than in the original forward")
     reason = _segments.refusal(block, (*found.steps, *beside))
     if reason is None and type(found.activation) is nn.ReLU:
         reason = plain_refusal(described.activation, found.activation, nn.ReLU)
