@@ -11,6 +11,7 @@ depends on the seed, the epoch and the step alone. Checkpoints of eager and fuse
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -255,6 +256,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.sync_bn and options.device != "cuda":
         parser.error("--sync-bn wants --device cuda: DistributedDataParallel refuses SyncBatchNorm on a CPU")
     process = Process.join(options.device)
+    _train(parser, options, process)
+    if process.count > 1:
+        # Gloo's threads end with the group, to which DistributedDataParallel holds on. One that outlives the
+        # interpreter, and wants it to free a tensor, takes the process down.
+        gc.collect()
+        dist.destroy_process_group()
+    return 0
+
+
+def _train(parser: argparse.ArgumentParser, options: argparse.Namespace, process: Process) -> None:
     if options.batch < 1 or options.batch % process.count:
         parser.error(f"--batch {options.batch} must be a positive multiple of the {process.count} processes")
     try:
@@ -287,9 +298,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress.update(task, completed=first)
             run.finish_epoch(run.train_epoch(show))
     console.print(_table(run.history))
-    if process.count > 1:
-        dist.destroy_process_group()
-    return 0
 
 
 def _table(history: Sequence[dict]) -> Table:
