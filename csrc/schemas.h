@@ -19,6 +19,8 @@
 
 // An activation, interface.Act.
 #define RESFUSE_ACT "Tensor x, Tensor? x_scale, Tensor? x_shift, bool x_relu"
+// One with any activation, by its number in csrc/common/activations.h.
+#define RESFUSE_ANY_ACT "Tensor x, Tensor? x_scale, Tensor? x_shift, int act, float act_slope"
 
 namespace resfuse {
 
@@ -26,7 +28,17 @@ inline void define_operators(torch::Library& m) {
   m.def("cpu_isa() -> str");
   m.def("apply(Tensor z, Tensor scale, Tensor shift, " RESFUSE_SUM
         ") -> (Tensor out, Tensor mask, Tensor mean, Tensor var)");
+  m.def("bn_act(Tensor z, Tensor scale, Tensor shift, int act, float slope) -> Tensor");
+  m.def("bn_act_backward(Tensor dy, Tensor z, Tensor scale, Tensor shift, int act, float slope, Tensor mean, "
+        "Tensor invstd, bool batch) -> (Tensor dz, Tensor dgamma, Tensor dbeta)");
   m.def("bn_stats(Tensor z) -> (Tensor mean, Tensor var)");
+  m.def("conv_depthwise(" RESFUSE_ANY_ACT ", Tensor weight, int[] stride, int[] padding, int[] dilation, "
+        "int out_height, int out_width, bool want_stats) -> (Tensor z, Tensor mean, Tensor var)");
+  m.def("conv_depthwise_dgrad(" RESFUSE_GRADIENT ", Tensor weight, int height, int width, int[] stride, "
+        "int[] padding, int[] dilation, Tensor? add, Tensor? add_mask, Tensor? add_row_scale, float add_factor) "
+        "-> Tensor");
+  m.def("conv_depthwise_wgrad(" RESFUSE_GRADIENT ", " RESFUSE_ANY_ACT ", int[] size, int[] stride, int[] padding, "
+        "int[] dilation) -> Tensor");
   m.def("conv_stats(" RESFUSE_ACT ", Tensor weight, bool want_stats) -> (Tensor z, Tensor mean, Tensor var)");
   m.def("conv_window(" RESFUSE_ACT ", Tensor weight, int[] stride, int[] padding, int[] dilation, int out_height, "
         "int out_width, bool want_stats) -> (Tensor z, Tensor mean, Tensor var)");

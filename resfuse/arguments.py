@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .kernels.interface import Geometry, Window
+from .kernels.interface import ACTIVATIONS, Activation, Geometry, Window
 
 
 class ArgumentError(ValueError, TypeError):
@@ -45,9 +45,10 @@ class BN(NamedTuple):
 
 
 class ConvBN(NamedTuple):
-    """A convolution and the BatchNorm after it.
+    """A convolution, the BatchNorm after it, and the activation after that.
 
-    weight [K, C/groups, R, S]; bias, gamma, beta, running_mean, running_var [K] or None; the rest as in `BN`.
+    weight [K, C/groups, R, S]; bias, gamma, beta, running_mean, running_var [K] or None; act: the activation, where one
+    follows, None for ReLU; the rest as in `BN`.
     """
 
     weight: Tensor
@@ -65,6 +66,7 @@ class ConvBN(NamedTuple):
     momentum: float | None = 0.1
     training: bool = True
     group: dist.ProcessGroup | None = None
+    act: Activation | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -86,7 +88,7 @@ class Conv(NamedTuple):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
 
-    batch, group = False, None  # no BatchNorm
+    batch, group, act = False, None, None  # no BatchNorm
 
     @property
     def geometry(self) -> Geometry:
@@ -175,6 +177,19 @@ def pooled_shape(shape: torch.Size, window: Window, name: str) -> torch.Size:
     if min(spatial) < 1:
         raise ArgumentError(f"{name}: an input of {tuple(shape[2:])} pixels leaves no output ({list(spatial)})")
     return torch.Size((*shape[:2], *spatial))
+
+
+def check_activations(convs: Sequence[ConvBN | Conv], projection: ConvBN | Conv | None, sums: bool) -> None:
+    """sums: whether a shortcut is added to the last convolution's output."""
+    named = [(f"conv{i}", c) for i, c in enumerate(convs, 1)] + [("shortcut", projection)]
+    for name, c in named:
+        act = None if c is None else c.act
+        if act is None:
+            continue
+        if not isinstance(act, Activation) or act.kind not in ACTIVATIONS:
+            raise ArgumentError(f"{name}.act must be None or an Activation of {', '.join(ACTIVATIONS)}, got {act!r}")
+        if c is projection or (sums and c is convs[-1]):
+            raise ArgumentError(f"{name}.act is {act.kind}; a sum follows, and only ReLU or nothing after that")
 
 
 def check_values_per_channel(c: BN | ConvBN | Conv, shape: torch.Size) -> None:

@@ -96,7 +96,9 @@ def forms(convs: Sequence[ConvBN | Conv], shortcut: ConvBN | Conv | None) -> lis
         pointwise = tuple(kernel) == (1, 1) and c.padding == (0, 0)
         # The BatchNorm before a last convolution wants the gradient of every pixel of its input.
         whole = c is not convs[-1] or len(convs) == 1 or c.stride == (1, 1)
-        if isinstance(c, Conv):
+        if c.act is not None:
+            found.append(Form(KEEP))
+        elif isinstance(c, Conv):
             found.append(Form(COVARIANCE if pointwise and c.groups == 1 and whole else LINEAR))
         elif whole and c.group is None and cost.has_covariance_form(tuple(kernel), c.padding, c.groups, in_, out):
             found.append(_covariance_form(in_, out, macs, c.weight.is_cuda))
@@ -119,6 +121,8 @@ def block(
     convolution; shortcut: as documented there, or "nothing"."""
     x, dtype = parts[0], arguments.storage_dtype(parts[0])
     kind, projection = _shortcut_kind(shortcut, len(parts))
+    if convs and convs[-1].act is not None and kind == branches.NOTHING:
+        relu, convs = False, convs if relu else [*convs[:-1], convs[-1]._replace(act=None)]
     eager = steps is block_steps.DIRECT  # in a graph sizes may be symbols
     settled = (_settled_before if eager else _settled)(parts, dtype, bn, convs, shortcut, kind, projection)
     steps = _watched(steps, bn, *convs, projection)
@@ -237,7 +241,7 @@ def _settled(
     rows = list(map(_rows, shapes))
     outer = [] if projection is None else [projection]
     units = [
-        Unit(c.geometry, getattr(c, "eps", None), c.batch, form.at(count, c.batch), c.group)
+        Unit(c.geometry, getattr(c, "eps", None), c.batch, form.at(count, c.batch), c.group, c.act)
         for c, form, count in zip((*convs, *outer), forms(convs, projection), rows, strict=True)
     ]
     channels_last = all(map(_suggests_channels_last, parts)) or any(_suggests_channels_last(c.weight) for c in convs)
@@ -298,6 +302,7 @@ def _check_block(
             raise ArgumentError(f"{name} must be a {wanted.__name__}, got {type(c).__name__}")
         shapes.append(arguments.output_shape(shapes[-1] if shapes else shape, c, name))
         arguments.check_tensors(x, dtype, c, c.weight.shape[0], name)
+    arguments.check_activations(convs, projection, not isinstance(shortcut, str))
     last, which, other = shapes[-1], "x, the identity shortcut,", shape
     if projection is not None:
         source = shape

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from . import arguments, calls
-from .arguments import BN, ArgumentError, Conv, ConvBN, Pooled, ZeroPad
+from .arguments import BN, Activation, ArgumentError, Conv, ConvBN, Pooled, ZeroPad
 from .calls import Form, forms
 from .functions import branches
 from .kernels.interface import Stats, Window
 
 __all__ = [
-    "BN", "ArgumentError", "Conv", "ConvBN", "Form", "Pooled", "Stats", "Window", "ZeroPad", "basic_block", "bn_relu",
-    "bottleneck", "conv_bn_add_relu", "conv_bn_relu", "forms", "preactivation",
+    "BN", "Activation", "ArgumentError", "Conv", "ConvBN", "Form", "Pooled", "Stats", "Window", "ZeroPad",
+    "basic_block", "bn_relu", "bottleneck", "conv_bn_add_relu", "conv_bn_relu", "forms", "preactivation",
 ]
 
 AnyShortcut = ConvBN | Conv | Pooled | ZeroPad | Tensor | None
@@ -51,7 +51,7 @@ def basic_block(
 
 
 def conv_bn_relu(x: Tensor | Sequence[Tensor], *convs: ConvBN, relu: bool = True, backend: str = "auto") -> Tensor:
-    """Convolutions in a row, each with its BatchNorm and ReLU; relu False leaves the last ReLU out.
+    """Convolutions in a row, each with its BatchNorm and activation; relu False leaves the last activation out.
 
     x: a tensor, or several side by side, whose concatenation is not kept. Between the convolutions nothing but their
     raw outputs is.

@@ -48,15 +48,23 @@ def block(
     x = torch.cat(list(x), 1) if isinstance(x, (list, tuple)) else x
     first = x if bn is None else F.relu(norm(x, bn))
     main = conv_bn(first, convs[0])
-    for c in convs[1:]:
-        main = conv_bn(F.relu(main), c)
+    for before, c in zip(convs, convs[1:], strict=False):
+        main = conv_bn(activated(main, before), c)
     if row_scale is not None:
         main = main * row_scale.to(main.dtype)[:, None, None, None]
     residual = _shortcut(shortcut, x, first, main)
     if residual is not None:
         main = main + residual if gate is None else gate * main + (1 - gate) * residual
     out = main * scale
-    return F.relu(out) if relu else out
+    return activated(out, convs[-1]) if relu else out
+
+
+def activated(v: Tensor, c) -> Tensor:
+    """What follows a `functional.ConvBN`."""
+    act = getattr(c, "act", None)
+    if act is None:
+        return F.relu(v)
+    return F.leaky_relu(v, act.slope) if act.kind == "leaky_relu" else getattr(F, act.kind)(v)
 
 
 def bn_relu(x: Tensor, bn, pool=None) -> Tensor:

@@ -14,7 +14,7 @@ from units import NATIVE, activation
 
 from resfuse import _native
 from resfuse.kernels import cpu, dispatch, eager
-from resfuse.kernels.interface import BNContext, Geometry, Masked, Norm, Second, Sum, Want
+from resfuse.kernels.interface import Activation, BNContext, Geometry, Masked, Norm, Second, Sum, Want
 
 pytestmark = NATIVE
 POINT, WINDOW = Geometry((1, 1), (0, 0), (1, 1), 1), Geometry((1, 1), (1, 1), (1, 1), 1)
@@ -79,6 +79,13 @@ def everything(k, n, c, h, w, outputs, dtype, seed=0):
     invstd = as_wide(matrix(c).abs() + 0.1)
     dz, found["dgamma"], found["dbeta"] = k.bn_backward(dy, None, z, BNContext(mean, invstd, None, True))
     found["dx"], found["dweight"] = k.conv_backward(dz, x, narrow[:, :, None, None], POINT, masked, (True, True))
+    taps, halves = as_stored(matrix(c, 1, 3, 3)), Geometry((2, 2), (1, 1), (1, 1), c)
+    activated = a._replace(act=Activation("silu"))
+    found["depthwise"], stats = k.conv_stats(activated, taps, halves, True)
+    found["depthwise mean"], found["depthwise var"] = stats
+    context, each = BNContext(mean, invstd, a.scale / invstd, True), halves._replace(stride=(1, 1))
+    found["act dz"], found["act dgamma"], found["act dbeta"] = k.bn_act_backward(dy, a, activated.act, context)
+    found["depthwise dx"], found["depthwise dweight"] = k.conv_backward(dz, activated, taps, each, dy, (True, True))
     found["window dx"], found["window dweight"] = k.conv_backward(masked, a, filters, WINDOW, dy, (True, True))
     return found
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from units import activation, bn, conv, conv_bn
 
 from resfuse import arguments, calls, functional, reference
-from resfuse.functional import ArgumentError, Pooled, Stats, Window, ZeroPad
+from resfuse.functional import Activation, ArgumentError, Pooled, Stats, Window, ZeroPad
 
 pytestmark = pytest.mark.gate  # no speed is reported while these fail
 
@@ -61,6 +61,7 @@ def last(in_, out, kernel=3, stride=1, **kwargs):
     return conv(in_, out, kernel, padding=(pad, pad), stride=(stride, stride), **kwargs)
 
 
+SILU, LEAKY = Activation("silu"), Activation("leaky_relu", 0.2)
 ROW_SCALE = torch.tensor([0.0, 1.25, 2.0], dtype=torch.float64)
 HALF, CEIL = Window((2, 2), (2, 2), ceil_mode=True), Window((3, 3), (2, 2), (1, 1))
 PROJECTION = dict(stride=(2, 2), seed=9)
@@ -120,6 +121,17 @@ BLOCKS = {
     "inverted residual": lambda: Block(
         [conv_bn(8, 16), same(16, 16, groups=16), conv_bn(16, 8)], shortcut=None, options=dict(relu=False)
     ),
+    "silu": lambda: Block([conv_bn(8, 12, act=SILU), same(12, 12, groups=12, act=SILU)]),
+    "silu, wide": lambda: Block([same(8, 6, act=SILU), conv_bn(6, 12)], shortcut=conv_bn(8, 12, seed=9)),
+    "silu, linear": lambda: Block([same(8, 6, act=SILU), conv_bn(6, 12, act=SILU)], options=dict(relu=False)),
+    "silu between relu": lambda: Block(
+        [conv_bn(8, 4), same(4, 4, 2, act=SILU), conv_bn(4, 8)], shortcut=conv_bn(8, 8, **PROJECTION)
+    ),
+    "hardswish": lambda: Block([same(8, 6, act=Activation("hardswish")), same(6, 8)], shortcut=None),
+    "relu6, wide": lambda: Block([conv_bn(8, 12, bias=True, act=Activation("relu6"))]),
+    "leaky relu": lambda: Block([conv_bn(8, 4, act=LEAKY), same(4, 8)], shortcut=None, options=dict(relu=False)),
+    "leaky relu at the end": lambda: Block([same(8, 6), same(6, 4, act=LEAKY)], channels=(3, 5)),
+    "preact silu": lambda: Block([conv_bn(8, 4, act=SILU), last(4, 8)], bn(8), None),
     "asymmetric": lambda: Block([conv_bn(8, 6, 3, padding=(1, 0), stride=(1, 2), dilation=(1, 1))]),
     "side by side": lambda: Block([same(8, 6), same(6, 4)], channels=(3, 5)),
     "side by side, wide": lambda: Block([conv_bn(8, 12)], channels=(3, 4, 1), shortcut=conv_bn(8, 12, seed=9)),

@@ -43,12 +43,16 @@ def calls(dtype, channels):
     with_residual = (z, outer_scale, outer_shift, True, 0, *vectors(1, N), None, 0.5)
     products, cov, product = torch.randn(K, C), torch.eye(C), (matrix, outer_scale, outer_shift)
     geometry = ([2, 1], [1, 1], [1, 1])
+    each, below_each = torch.randn(C, 1, 3, 3).to(dtype), activation(N, C, 3, 4, dtype=dtype, seed=8)
     taken = activation(N, K, 3, 4, dtype=dtype, seed=9)
     pool = ([3, 3], [2, 1], [1, 1], [1, 1])
     places = torch.zeros(N, C, 3, 4, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     return {
         "apply": [(z, outer_scale, outer_shift, *alone, False, False, False),
                   (z, outer_scale, outer_shift, *with_residual, True, True, False)],
+        "bn_act": [(x, scale, shift, 4, 0.0), (x, scale, shift, 2, 0.1)],
+        "bn_act_backward": [(x, x, scale, shift, 4, 0.0, mean, var, True),
+                            (x, x, scale, shift, 3, 0.0, mean, var, False)],
         "bn_dgrad": [given, below],
         "bn_reduce": [(*plain, z, None, None, outer_mean, outer_invstd, None),
                       (*masked, z, outer_scale, outer_shift, outer_mean, outer_invstd, outer_scale)],
@@ -56,6 +60,10 @@ def calls(dtype, channels):
         "bn_stats": [(x,)],
         "conv_backward": [(*given, *tensor, matrix, None, None, None, 1.0, True, False),
                           (*below, *recipe, matrix, x, mask(C), None, 1.0, False, True)],
+        "conv_depthwise": [(x, None, None, 0, 0.0, each, *geometry, 3, 4, False),
+                           (x, scale, shift, 4, 0.0, each, *geometry, 3, 4, True)],
+        "conv_depthwise_dgrad": [(below_each, None, None, 1.0, *NONE, each, H, W, *geometry, None, None, None, 1.0)],
+        "conv_depthwise_wgrad": [(below_each, None, None, 1.0, *NONE, x, scale, shift, 5, 0.0, [3, 3], *geometry)],
         "conv_stats": [(*tensor, matrix, False), (*recipe, matrix, True)],
         "conv_window": [(*tensor, window, *geometry, 3, 4, False), (*recipe, window, *geometry, 3, 4, True)],
         "conv_window_dgrad": [(taken, None, None, 1.0, *NONE, filters, H, W, *geometry, None, None, None, 1.0)],

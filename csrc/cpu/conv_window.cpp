@@ -19,31 +19,6 @@ namespace resfuse {
 constexpr int64_t window_pixels = 512;
 constexpr int64_t window_columns = 256;
 
-// What a convolution reads: an activation, or a gradient.
-template <class T>
-struct Source {
-  Activation<T> a;
-  Gradient<T> g;  // if dout is there, instead of a
-
-  RESFUSE_HD int64_t channels() const { return g.dout ? g.channels : a.z.channels; }
-
-  template <class E>
-  RESFUSE_HD void fill(int64_t row, int64_t count, E* out, int64_t stride) const {
-    if (g.dout) {
-      fill_gradient<E>(g, row, count, 0, g.channels, out, stride, nullptr);
-    } else {
-      fill_rows<E>(a, row, count, out, stride);
-    }
-  }
-};
-
-// Where pixel (p, q) of what is made lies in the output, height x width: (first_h + p * step_h, first_w + q * step_w).
-struct Place {
-  int64_t height, width;
-  int64_t first_h, first_w;
-  int64_t step_h, step_w;
-};
-
 template <class T, class E>
 struct WindowKernel {
   Blocks blocks;
@@ -158,37 +133,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_window(
   return {z, mean, var};
 }
 
-namespace {
-
-// In one direction, for the pixels of da that are `first` beyond a multiple of the stride: the taps that reach them,
-// from the last one back, as a window of its own over dz.
-struct Phase {
-  int64_t last_tap;
-  int64_t step;  // between taps
-  int64_t count;
-  int64_t dilation;
-  int64_t padding;
-  int64_t size;  // of what is made
-
-  Phase(int64_t taps, int64_t stride, int64_t padding_, int64_t dilation_, int64_t length, int64_t first)
-      : last_tap(-1), step(1), count(0), dilation(1), padding(0), size((length - first + stride - 1) / stride) {
-    for (int64_t r = taps - 1; r >= 0; --r) {
-      const int64_t at = first + padding_ - r * dilation_;
-      if (at % stride != 0) continue;
-      if (count == 0) {
-        last_tap = r;
-        padding = -at / stride;
-      } else if (count == 1) {
-        step = last_tap - r;
-        dilation = step * dilation_ / stride;
-      }
-      ++count;
-    }
-  }
-};
-
-}  // namespace
-
 at::Tensor conv_window_dgrad(
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
     const OptionalTensor& z, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& mean,
@@ -202,19 +146,8 @@ at::Tensor conv_window_dgrad(
   TORCH_CHECK(weight.dim() == 4 && weight.size(0) == dout.size(1), "weight must have shape [", dout.size(1),
               ", C, R, S], not ", weight.sizes());
   const int64_t outer = dout.size(1), inner = weight.size(1);
-  std::vector<Phase> rows, columns;
-  for (int64_t i = 0; i < stride[0]; ++i) {
-    rows.emplace_back(weight.size(2), stride[0], padding[0], dilation[0], height, i);
-  }
-  for (int64_t i = 0; i < stride[1]; ++i) {
-    columns.emplace_back(weight.size(3), stride[1], padding[1], dilation[1], width, i);
-  }
-  for (const auto* phases : {&rows, &columns}) {
-    for (const Phase& phase : *phases) {
-      TORCH_CHECK(phase.count > 0 && phase.padding >= 0, "every pixel must be reached, and none of the padding alone; "
-                  "stride is ", stride, ", padding ", padding, ", dilation ", dilation);
-    }
-  }
+  const std::vector<Phase> rows = phases_of(weight.size(2), stride[0], padding[0], dilation[0], height);
+  const std::vector<Phase> columns = phases_of(weight.size(3), stride[1], padding[1], dilation[1], width);
   const at::Tensor da = at::empty({dout.size(0), inner, height, width}, dout.options(), at::MemoryFormat::ChannelsLast);
   const GradientTensors beside{add ? *add : dout, add_mask, add_row_scale, add_factor, none, none, none, none, none,
                                none};

@@ -16,6 +16,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> apply(
     const OptionalTensor& row_scale, const OptionalTensor& gate, double total_scale, bool relu, bool want_mask,
     bool want_stats);
 
+at::Tensor bn_act(const at::Tensor& z, const at::Tensor& scale, const at::Tensor& shift, int64_t act, double slope);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
+    const at::Tensor& dy, const at::Tensor& z, const at::Tensor& scale, const at::Tensor& shift, int64_t act,
+    double slope, const at::Tensor& mean, const at::Tensor& invstd, bool batch);
+
 at::Tensor bn_dgrad(
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
     const OptionalTensor& z, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& mean,
@@ -44,6 +50,25 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
     const OptionalTensor& x_shift, bool x_relu, const at::Tensor& weight, const OptionalTensor& add,
     const OptionalTensor& add_mask, const OptionalTensor& add_row_scale, double add_factor, bool want_input,
     bool want_weight);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_depthwise(
+    const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, int64_t act, double slope,
+    const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    int64_t out_height, int64_t out_width, bool want_stats);
+
+at::Tensor conv_depthwise_dgrad(
+    const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
+    const OptionalTensor& z, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& mean,
+    const OptionalTensor& mean_dy, const OptionalTensor& slope, const at::Tensor& weight, int64_t height,
+    int64_t width, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, const OptionalTensor& add,
+    const OptionalTensor& add_mask, const OptionalTensor& add_row_scale, double add_factor);
+
+at::Tensor conv_depthwise_wgrad(
+    const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
+    const OptionalTensor& z, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& mean,
+    const OptionalTensor& mean_dy, const OptionalTensor& slope, const at::Tensor& x, const OptionalTensor& x_scale,
+    const OptionalTensor& x_shift, int64_t act, double act_slope, at::IntArrayRef size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_stats(
     const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, bool x_relu,

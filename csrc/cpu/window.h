@@ -5,6 +5,8 @@
 // for all pixels of the block.
 #pragma once
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <vector>
 
@@ -73,6 +75,69 @@ struct Blocks {
     return ((line / lines) * source_lines + line % lines * w.stride_h) * w.line_pixels() + i % w.out_width * w.stride_w;
   }
 };
+
+// What a convolution reads: an activation, or a gradient.
+template <class T>
+struct Source {
+  Activation<T> a;
+  Gradient<T> g;  // if dout is there, instead of a
+
+  RESFUSE_HD int64_t channels() const { return g.dout ? g.channels : a.z.channels; }
+
+  template <class E>
+  RESFUSE_HD void fill(int64_t row, int64_t count, E* out, int64_t stride) const {
+    if (g.dout) {
+      fill_gradient<E>(g, row, count, 0, g.channels, out, stride, nullptr);
+    } else {
+      fill_rows<E>(a, row, count, out, stride);
+    }
+  }
+};
+
+// Where pixel (p, q) of what is made lies in the output, height x width: (first_h + p * step_h, first_w + q * step_w).
+struct Place {
+  int64_t height, width;
+  int64_t first_h, first_w;
+  int64_t step_h, step_w;
+};
+
+// In one direction, for the pixels of da that are `first` beyond a multiple of the stride: the taps that reach them,
+// from the last one back, as a window of its own over dz.
+struct Phase {
+  int64_t last_tap;
+  int64_t step;  // between taps
+  int64_t count;
+  int64_t dilation;
+  int64_t padding;
+  int64_t size;  // of what is made
+
+  Phase(int64_t taps, int64_t stride, int64_t padding_, int64_t dilation_, int64_t length, int64_t first)
+      : last_tap(-1), step(1), count(0), dilation(1), padding(0), size((length - first + stride - 1) / stride) {
+    for (int64_t r = taps - 1; r >= 0; --r) {
+      const int64_t at = first + padding_ - r * dilation_;
+      if (at % stride != 0) continue;
+      if (count == 0) {
+        last_tap = r;
+        padding = -at / stride;
+      } else if (count == 1) {
+        step = last_tap - r;
+        dilation = step * dilation_ / stride;
+      }
+      ++count;
+    }
+  }
+};
+
+// The phases of a direction, one for each place between two strides.
+inline std::vector<Phase> phases_of(int64_t taps, int64_t stride, int64_t padding, int64_t dilation, int64_t length) {
+  std::vector<Phase> phases;
+  for (int64_t i = 0; i < stride; ++i) {
+    phases.emplace_back(taps, stride, padding, dilation, length, i);
+    TORCH_CHECK(phases[i].count > 0 && phases[i].padding >= 0, "every pixel must be reached, and none of the padding "
+                "alone; stride is ", stride, ", padding ", padding, ", dilation ", dilation);
+  }
+  return phases;
+}
 
 // fill(row of the source matrix, its pixels, out): `stride` elements a pixel.
 template <class E, class Fill>

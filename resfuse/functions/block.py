@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch
-from ..kernels.interface import Act, BNContext, BNGrad, Masked, Norm, Stats, Sum, Want, wide
+from ..kernels.interface import Act, BNContext, BNGrad, Masked, Norm, Stats, Sum, Want, Written, wide
 from . import branches, chain, composite, replay, sync
 from . import unit as units
 from .branches import GIVEN, IDENTITY, NOTHING, PADDED, PROJECTION, Inputs, Spec, Steps
@@ -149,7 +149,11 @@ def _forward(k, spec: Spec, inputs: Inputs):
         k, spec.shortcut, tensors, source, inputs.residual, spec.layout
     )
     want = Want(mask=spec.differentiable and mask_needed(spec), stats=spec.want_stats)
-    written = branches.write(k, made.main, inputs.total(spec, residual), want)
+    act = spec.units[-1].act
+    if act is None:
+        written = branches.write(k, made.main, inputs.total(spec, residual), want)
+    else:
+        written = Written(k.bn_act(made.main, act))
     beside = [(shortcut_stats, shortcut_kept)] if inputs.shortcut else []
     kept = (*norm_kept, *made.kept, *(vectors for _, vectors in beside))
     stats = (*norm_stats, *made.stats, *(measured for measured, _ in beside))
@@ -177,8 +181,8 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
         residual = branches.shortcut_again(
             k, spec.shortcut, tensors, shortcut_kept, first if projection else x, inputs.residual, spec.layout
         )
-    elif spec.relu and saved.mask is None:
-        y = k.prepare(Norm(saved.zs[-1], kept[-1].scale, kept[-1].shift))
+    elif (spec.relu and saved.mask is None) or spec.units[-1].act is not None:
+        y = units.output(k, spec.units[-1], kept[-1], saved.zs[-1])
     g, beside, dgate = branches.sum_backward(k, spec, inputs, dout, saved.mask, main, residual)
     del main, residual
 
@@ -232,7 +236,7 @@ def _main_again(k, spec: Spec, inputs: Inputs, zs, kept: Sequence[Kept], first: 
     """The main branch's recipe, in backward."""
     last = len(spec.units) - 1
     unit, t = spec.units[last], inputs.units[last]
-    a = chain.activation(k, last, first, zs, kept)
+    a = chain.activation(k, spec.units, last, first, zs, kept)
     if unit.form == KEEP:
         return units.recipe(unit, t, kept[last], a, zs[-1])
     z = None if unit.form == units.COVARIANCE else units.raw(k, unit, t, a)

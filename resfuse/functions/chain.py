@@ -1,9 +1,9 @@
-"""Convolutions in a row, each with its BatchNorm, ReLU between them: the main branch of every block.
+"""Convolutions in a row, each with its BatchNorm, activations between them: the main branch of every block.
 
-    a1 = first    z_i = conv_i(a_i)    a_(i+1) = relu(bn_i(z_i))    main = bn_n(conv_n(a_n))
+    a1 = first    z_i = conv_i(a_i)    a_(i+1) = act_i(bn_i(z_i))    main = bn_n(conv_n(a_n))
 
-Kept for backward are the raw z's, each BatchNorm and ReLU being recomputed where it is read; the last z only if its
-form is `keep`. `docs/math.md` derives each line.
+Kept for backward are the raw z's, each BatchNorm and activation being recomputed where it is read; the last z only if
+its form is `keep`. `docs/math.md` derives each line. ReLU is part of recipes; another activation makes a tensor.
 """
 
 from __future__ import annotations
@@ -38,13 +38,18 @@ def forward(k, chain: Sequence[Unit], tensors: Sequence[Tensors], first: Act, dt
             zs.append(main.z)
         if i + 1 < len(chain):
             a = None  # before its successor is made
-            a = k.prepare(main._replace(relu=True))
+            a = units.activated(k, unit, vectors, main.z, chain[i + 1])
     return Chain(main, tuple(zs), tuple(kept), tuple(stats))
 
 
-def activation(k, i: int, first: Act, zs: Sequence[Tensor], kept: Sequence[Kept]) -> Act:
+def activation(k, chain: Sequence[Unit], i: int, first: Act, zs: Sequence[Tensor], kept: Sequence[Kept]) -> Act:
     """The input of unit i, made again."""
-    return k.prepare(first if i == 0 else Norm(zs[i - 1], kept[i - 1].scale, kept[i - 1].shift))
+    return k.prepare(first) if i == 0 else units.activated(k, chain[i - 1], kept[i - 1], zs[i - 1], chain[i])
+
+
+def rectified_below(chain: Sequence[Unit], i: int, kept: Sequence[Kept]) -> Kept | None:
+    """What the BatchNorm before unit i kept, where ReLU is between them."""
+    return kept[i - 1] if i > 0 and chain[i - 1].act is None else None
 
 
 def wanted_below(needs_first: bool, needs: Sequence[Tensors]) -> list[bool]:
@@ -62,9 +67,9 @@ def backward_last(
     """(gradient of the last unit's input, that input, gradients of its parameters). g: of its output; y: that output,
     activated, where g is still to be masked by it, else None; add: as in `backward_inner`, for a chain of one."""
     last = len(chain) - 1
-    a, z = activation(k, last, first, zs, kept), zs[last] if chain[last].form == KEEP else None
+    a, z = activation(k, chain, last, first, zs, kept), zs[last] if chain[last].form == KEEP else None
     da, found = units.backward(
-        k, chain[last], tensors[last], kept[last], g, a, z, y, kept[last - 1] if last > 0 else None,
+        k, chain[last], tensors[last], kept[last], g, a, z, y, rectified_below(chain, last, kept),
         add if last == 0 else None, lower[last], needs[last],
     )
     if chain[last].form == COVARIANCE and last == 0 and lower[0]:
@@ -82,18 +87,20 @@ def backward_inner(
     they are read.
     """
     a, da = came.pop(), came.pop()
-    masked = chain[-1].form == COVARIANCE or isinstance(da, Summed)
+    masked = (chain[-1].form == COVARIANCE and chain[-2:][0].act is None) or isinstance(da, Summed)
     found = [NONE] * (len(chain) - 1)
     for i in reversed(range(len(found))):
         if not lower[i + 1]:
             break
         unit, t = chain[i], tensors[i]
         onward = lower[i] or needs[i].weight or needs[i].bias
-        dz, dgamma, dbeta = units.backward_norm(k, unit, t, kept[i], da, zs[i], None if masked else a, onward)
-        da = a = None  # before their successors are made
-        a = activation(k, i, first, zs, kept)
-        below = kept[i - 1].mean if i > 0 else None
-        da, dweight = units.backward_conv(k, unit, t, dz, a, add if i == 0 else None, lower[i], needs[i].weight, below)
+        y = a if unit.act is None else units.output(k, unit, kept[i], zs[i])
+        a = None  # what was read for the last time goes before its successor is made
+        dz, dgamma, dbeta = units.backward_norm(k, unit, t, kept[i], da, zs[i], None if masked else y, onward)
+        da = y = None
+        a, below = activation(k, chain, i, first, zs, kept), rectified_below(chain, i, kept)
+        mean = None if below is None else below.mean
+        da, dweight = units.backward_conv(k, unit, t, dz, a, add if i == 0 else None, lower[i], needs[i].weight, mean)
         masked = isinstance(da, Summed)
         del dz
         found[i] = units.gradients(unit, t, kept[i], dweight, dgamma, dbeta)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.interface import Window
+from ..kernels.interface import Activation, Window
 from .branches import GIVEN, IDENTITY, NOTHING, PADDED, PROJECTION, Inputs, Spec
 from .unit import Tensors, Unit
 
@@ -22,6 +22,13 @@ def conv_bn(x: Tensor, unit: Unit, t: Tensors) -> Tensor:
     bias = None if t.bias is None else t.bias.to(x.dtype)
     z = F.conv2d(x, t.weight.to(x.dtype), bias, *unit.geometry)
     return z if unit.eps is None else norm(z, unit, t)
+
+
+def activated(v: Tensor, act: Activation | None) -> Tensor:
+    """None: ReLU."""
+    if act is None:
+        return F.relu(v)
+    return F.leaky_relu(v, act.slope) if act.kind == "leaky_relu" else getattr(F, act.kind)(v)
 
 
 def gradients(spec: Spec, inputs: Inputs, needs: Inputs, dout: Tensor, passes: Tensor | None) -> list[Tensor | None]:
@@ -42,7 +49,9 @@ def block(spec: Spec, inputs: Inputs, passes: Tensor | None) -> Tensor:
     first = x if spec.norm is None else F.relu(norm(x, spec.norm, inputs.norm[0]))
     main = first
     for i, (unit, t) in enumerate(zip(spec.units, inputs.units, strict=True)):
-        main = conv_bn(main if i == 0 else F.relu(main), unit, t)
+        main = conv_bn(main if i == 0 else activated(main, spec.units[i - 1].act), unit, t)
+    if spec.units[-1].act is not None:
+        main = activated(main, spec.units[-1].act)
     if inputs.row_scale is not None:
         main = main * inputs.row_scale.to(main.dtype)[:, None, None, None]
     residual = _residual(spec, inputs, x, first)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch
-from ..kernels.interface import Geometry, RunningUpdate, Stats, Window, wide
+from ..kernels.interface import Activation, Geometry, RunningUpdate, Stats, Window, wide
 from . import block, bn_relu
 from .block import Made, Saved
 from .bn_relu import PoolSpec
@@ -71,11 +71,11 @@ def decode(text: str) -> Spec | PoolSpec:
 def _unit(fields: list | None) -> Unit | None:
     if fields is None:
         return None
-    geometry, *rest = fields
+    geometry, *rest, act = fields
     if geometry is not None:
         *pairs, groups = geometry
         geometry = Geometry(*map(tuple, pairs), groups)
-    return Unit(geometry, *rest)
+    return Unit(geometry, *rest, None if act is None else Activation(*act))
 
 
 def _window(fields: list | None) -> Window | None:

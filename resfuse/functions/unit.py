@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..kernels.interface import (
     Act,
+    Activation,
     Addend,
     Affine,
     BNContext,
@@ -42,13 +43,15 @@ KEPT_COVARIANCE_RATIO = 50
 
 class Unit(NamedTuple):
     """What is static: geometry (None: a BatchNorm alone), eps (None: no BatchNorm), whether its statistics are
-    the batch's or constants, the form, the processes whose batches are one (None: this one alone)."""
+    the batch's or constants, the form, the processes whose batches are one (None: this one alone), and what follows in
+    the chain, None for ReLU."""
 
     geometry: Geometry | None
     eps: float | None
     batch: bool
     form: str
     group: dist.ProcessGroup | None = None
+    act: Activation | None = None
 
 
 class Tensors(NamedTuple):
@@ -206,13 +209,31 @@ def backward_conv(
 def backward_norm(
     kernels, unit: Unit, t: Tensors, kept: Kept, dy: Grad | Summed, z: Tensor, y: Act | None, onward: bool
 ) -> tuple[Grad, Tensor, Tensor]:
-    """(dz, dgamma, dbeta) from the gradient below the unit's BatchNorm, or below the ReLU that made y. onward: whether
-    anybody wants dz; processes exchange sums for it alone."""
-    dz, dgamma, dbeta = kernels.bn_backward(dy, y, z, BNContext(kept.mean, kept.invstd, t.gamma, own_batch(unit)))
+    """(dz, dgamma, dbeta) from the gradient below the unit's BatchNorm, or of y, its activated output (a recipe, where
+    it is not rectified). onward: whether anybody wants dz; processes exchange sums for it alone."""
+    context = BNContext(kept.mean, kept.invstd, t.gamma, own_batch(unit))
+    if unit.act is None or y is None:
+        dz, dgamma, dbeta = kernels.bn_backward(dy, y, z, context)
+    else:
+        dy = kernels.select(dy) if isinstance(dy, Masked) else dy
+        dz, dgamma, dbeta = kernels.bn_act_backward(dy, y, unit.act, context)
     if unit.group is not None and onward:
         sums = sync.gradient_sums(dgamma, dbeta, kept.invstd, kept.count, unit.group)
         dz = sync.completed(kernels, dz, z, kept.mean, kept.scale, *sums)
     return dz, dgamma, dbeta
+
+
+def activated(kernels, unit: Unit, kept: Kept, z: Tensor, reader: Unit) -> Act:
+    """What follows the unit, made from its output, for the next one."""
+    recipe = Norm(z, kept.scale, kept.shift, act=unit.act)
+    depthwise = reader.geometry.groups == z.shape[1] > 1  # its kernels may have any activation in their prologue
+    return recipe if unit.act is not None and depthwise else kernels.prepare(recipe)
+
+
+def output(kernels, unit: Unit, kept: Kept, z: Tensor) -> Act:
+    """The unit's activated output, as `backward_norm` wants it."""
+    recipe = Norm(z, kept.scale, kept.shift)
+    return kernels.prepare(recipe) if unit.act is None else recipe
 
 
 def own_batch(unit: Unit) -> bool:

@@ -52,12 +52,32 @@ def _expand(x, x_scale, x_shift, x_relu, weight, *rest):
     return _sum(x, weight.shape[0], *rest[-2:])
 
 
+def _bn_act(z, *rest):
+    return _rows(z, z.shape[1])
+
+
+def _bn_act_backward(dy, *rest):
+    return _rows(dy, dy.shape[1]), _wide(dy, dy.shape[1]), _wide(dy, dy.shape[1])
+
+
 def _bn_stats(z):
     return _statistics(z, z.shape[1], True)
 
 
 def _conv_stats(x, x_scale, x_shift, x_relu, weight, want_stats):
     return _rows(x, weight.shape[0]), *_statistics(x, weight.shape[0], want_stats)
+
+
+def _conv_depthwise(x, scale, shift, act, slope, weight, stride, padding, dilation, height, width, want_stats):
+    return _image(x, x.shape[1], height, width), *_statistics(x, x.shape[1], want_stats)
+
+
+def _conv_depthwise_dgrad(dout, *rest):
+    return _image(dout, dout.shape[1], *rest[10:12])
+
+
+def _conv_depthwise_wgrad(dout, *rest):
+    return _wide(dout, dout.shape[1], 1, *rest[14])
 
 
 def _conv_window(
@@ -135,7 +155,8 @@ def _conv_backward(dout, *rest):
 FAKES = {
     fake.__name__.removeprefix("_"): fake
     for fake in (
-        _apply, _bn_dgrad, _bn_reduce, _bn_relu_max_pool, _bn_stats, _conv_backward, _conv_stats, _conv_window,
+        _apply, _bn_act, _bn_act_backward, _bn_dgrad, _bn_reduce, _bn_relu_max_pool, _bn_stats, _conv_backward,
+        _conv_depthwise, _conv_depthwise_dgrad, _conv_depthwise_wgrad, _conv_stats, _conv_window,
         _conv_window_dgrad, _conv_window_wgrad, _covariance, _expand, _expand_coefficients, _expand_dgrad,
         _expand_products, _expand_stats, _finalize, _max_pool_backward, _update_running,
     )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .interface import Act, BNGrad, Grad, Masked, Norm, Padded, Second, Stats, Sum, Want, Written
+from .interface import Act, BNGrad, Grad, Masked, Norm, Padded, Reason, Second, Stats, Sum, Unsupported, Want, Written
 
 
 def act(a: Act) -> tuple:
     """(x, x_scale, x_shift, x_relu)."""
     if not isinstance(a, Norm):
         return a, None, None, False
+    if a.act is not None:
+        raise Unsupported([Reason("activation", f"no kernel but bn_act has {a.act.kind} in its prologue")])
     return a[:4] if a.y is None else (a.y, None, None, False)
 
 
@@ -33,7 +35,7 @@ def total(s: Sum, want: Want) -> tuple:
     if isinstance(residual, Padded):
         residual, before, _ = residual
     if isinstance(residual, Norm):
-        residual, scale, shift, relu, _ = residual
+        residual, scale, shift, relu, *_ = residual
     elif isinstance(residual, Second):
         residual, scale, shift = None, residual.scale, residual.shift
     return (

@@ -76,10 +76,27 @@ listening = _Listening()
 # Operands ----------------------------------------------------------------------------------------------------
 
 
+class Activation(NamedTuple):
+    """What follows a BatchNorm where that is not ReLU, as torch has it, of a value v:
+
+        leaky_relu   v where v > 0 else slope * v
+        relu6        min(max(v, 0), 6)
+        silu         v / (1 + exp(-v))
+        hardswish    v * min(max(v + 3, 0), 6) / 6
+    """
+
+    kind: str
+    slope: float = 0.0
+
+
+ACTIVATIONS = ("leaky_relu", "relu6", "silu", "hardswish")  # kernels take the place here for the name
+
+
 class Norm(NamedTuple):
     """The activation `act(scale * z + shift)`, rounded to z's dtype. z [N, C, H, W]; scale, shift wide [C].
 
-    y: the same as a tensor, where a set's `prepare` has made it for products to read.
+    y: the same as a tensor, where a set's `prepare` has made it for products to read. act: what follows instead of
+    ReLU; only `prepare` and convolutions of each channel by itself (depthwise) are given such a recipe.
     """
 
     z: Tensor
@@ -87,6 +104,7 @@ class Norm(NamedTuple):
     shift: Tensor
     relu: bool = True
     y: Tensor | None = None
+    act: Activation | None = None
 
 
 class Second(NamedTuple):
@@ -275,7 +293,8 @@ class KernelSet(Protocol):
     """Every primitive. `docs/math.md` has the algebra; the names here are its names."""
 
     def prepare(self, operand: Act | Grad, outer: int = 0) -> Act | Grad:
-        """The operand as this set reads it best when several primitives read it in turn.
+        """The operand as this set reads it best when several primitives read it in turn; an activation other than ReLU
+        always as a tensor.
 
         outer: channels of the products that are about to read it, 0 where that is not known. A set whose kernels apply
         recipes in their prologue returns it unchanged, or a `Norm` with its y; a set that would compute the recipe at
@@ -388,6 +407,15 @@ class KernelSet(Protocol):
 
         dz may be the `BNGrad` recipe (the consumer computes it in its prologue) or a tensor (one pass gave all).
         """
+
+    def bn_act(self, a: Norm, act: Activation) -> Tensor:
+        """`act(scale * z + shift)`, rounded once; a.relu is not used."""
+
+    def bn_act_backward(
+        self, dy: Tensor, a: Norm, act: Activation, context: BNContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(dz, dgamma, dbeta) from the gradient dy of `bn_act`: BatchNorm's backward of dy * act'(scale * z + shift),
+        which is wide and nowhere written; a.scale is BatchNorm's own. dz is rounded once."""
 
     def conv_backward(
         self, grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool],

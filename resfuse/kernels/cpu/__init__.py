@@ -9,9 +9,10 @@ from ... import _native
 from ..interface import Reason
 
 PRIMITIVES = (
-    "apply", "avg_pool", "bn_backward", "bn_dgrad", "bn_reduce", "bn_relu_max_pool", "bn_relu_max_pool_backward",
-    "bn_stats", "conv_backward", "conv_stats", "covariance", "expand", "expand_coefficients", "expand_dgrad",
-    "expand_products", "expand_stats", "finalize", "prepare", "select", "update_running",
+    "apply", "avg_pool", "bn_act", "bn_act_backward", "bn_backward", "bn_dgrad", "bn_reduce",
+    "bn_relu_max_pool", "bn_relu_max_pool_backward", "bn_stats", "conv_backward", "conv_stats", "covariance",
+    "expand", "expand_coefficients", "expand_dgrad", "expand_products", "expand_stats", "finalize", "prepare",
+    "select", "update_running",
 )  # fmt: skip
 STATUS = "C++ kernels, float32 and bfloat16; tested on the CPU they run on"
 

@@ -6,7 +6,20 @@ import torch
 from torch import Tensor
 
 from .. import flat
-from ..interface import Act, BNGrad, Grad, Masked, Reason, Second, Sum, Unsupported, Want
+from ..interface import (
+    ACTIVATIONS,
+    Act,
+    Activation,
+    BNGrad,
+    Grad,
+    Masked,
+    Norm,
+    Reason,
+    Second,
+    Sum,
+    Unsupported,
+    Want,
+)
 from . import unsupported
 
 STORED = (torch.float32, torch.bfloat16)
@@ -51,6 +64,19 @@ def act(a: Act) -> tuple:
     found = flat.act(a)
     check_views(a=found[0])
     return found
+
+
+def activation(act: Activation) -> tuple[int, float]:
+    """An activation other than ReLU by its number in `csrc/common/activations.h`, and its slope."""
+    return 2 + ACTIVATIONS.index(act.kind), act.slope
+
+
+def any_act(a: Act) -> tuple:
+    """(x, x_scale, x_shift, act, act_slope), checked: as `act`, with any activation."""
+    if isinstance(a, Norm) and a.act is not None:
+        check_views(a=a.z)
+        return a.z, a.scale, a.shift, *activation(a.act)
+    return *act(a), 0.0
 
 
 def masked(g: Tensor | Masked) -> tuple:

@@ -1,16 +1,17 @@
-"""conv_backward: a convolution's gradients from recipes (`csrc/cpu/conv_backward.cpp`, `csrc/cpu/conv_window*.cpp`).
+"""conv_backward: a convolution's gradients from recipes (`csrc/cpu/conv_backward.cpp`, `csrc/cpu/conv_window*.cpp`,
+`csrc/cpu/conv_depthwise.cpp`).
 
-Grouped convolutions are the vendor's.
+Other grouped convolutions are the vendor's.
 """
 
 from torch import Tensor
 
 from ... import _native
-from ..interface import Act, Addend, BNGrad, Geometry, Grad, Masked, Strided
+from ..interface import Act, Addend, BNGrad, Geometry, Grad, Masked, Norm, Strided
 from ..vendor import conv_grads
 from . import _operands
 from .bn_dgrad import bn_dgrad
-from .conv_stats import is_product, is_window, materialised
+from .conv_stats import is_depthwise, is_product, is_window, materialised
 from .select import select
 
 NO_ADDEND = (None, None, None, 1.0)
@@ -20,7 +21,10 @@ def conv_backward(
     grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool],
     mean: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    gradient, activation = _operands.gradient(grad), _operands.act(a)
+    gradient, depthwise = _operands.gradient(grad), is_depthwise(weight, geometry)
+    if isinstance(a, Norm) and a.act is not None and not depthwise:
+        a = materialised(a)
+    activation = _operands.any_act(a) if depthwise else _operands.act(a)
     stride, padding, dilation, _ = geometry
     inside = None if isinstance(add, Strided) or not needs[0] else add
     beside = NO_ADDEND if inside is None else _operands.masked(inside)
@@ -33,12 +37,14 @@ def conv_backward(
     else:
         height, width = activation[0].shape[2:]
         window = is_window(weight, geometry)
-        if needs[0] and window and is_turned(weight, geometry):
-            da = native.conv_window_dgrad(*gradient, weight, height, width, stride, padding, dilation, *beside)
+        dgrad, wgrad = native.conv_window_dgrad, native.conv_window_wgrad
+        if depthwise:
+            dgrad, wgrad = native.conv_depthwise_dgrad, native.conv_depthwise_wgrad
+        if needs[0] and (window or depthwise) and is_turned(weight, geometry):
+            da = dgrad(*gradient, weight, height, width, stride, padding, dilation, *beside)
             added = True
-        if needs[1] and window:
-            size = weight.shape[2:]
-            dweight = native.conv_window_wgrad(*gradient, *activation, size, stride, padding, dilation)
+        if needs[1] and (window or depthwise):
+            dweight = wgrad(*gradient, *activation, weight.shape[2:], stride, padding, dilation)
         rest = needs[0] and da is None, needs[1] and dweight is None
         if any(rest):
             theirs = conv_grads(tensor(grad), materialised(a), weight, geometry, rest)

@@ -1,5 +1,5 @@
-"""conv_stats: convolutions with the statistics taken in cache (`csrc/cpu/conv_stats.cpp`, `conv_window.cpp`), grouped
-ones by the vendor."""
+"""conv_stats: convolutions with the statistics taken in cache (`csrc/cpu/conv_stats.cpp`, `conv_window.cpp`,
+`conv_depthwise.cpp`), other grouped ones by the vendor."""
 
 from torch import Tensor
 
@@ -8,10 +8,17 @@ from ..interface import Act, Geometry, Norm, Stats, Sum, Want
 from ..vendor import conv
 from . import _operands
 from .apply import apply
+from .bn_act import bn_act
 from .bn_stats import bn_stats
 
 
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
+    if is_depthwise(weight, geometry):
+        operands = _operands.any_act(a)
+        size = geometry.spatial(operands[0].shape[2:], weight.shape[2:])
+        z, mean, var = _native.load().conv_depthwise(*operands, weight, *geometry[:3], *size, stats)
+        return z, Stats(mean, var) if stats else None
+    a = materialised(a) if isinstance(a, Norm) and a.act is not None else a
     x, scale, shift, relu = _operands.act(a)
     if is_window(weight, geometry):
         height, width = geometry.spatial(x.shape[2:], weight.shape[2:])
@@ -29,6 +36,7 @@ def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple
 
 # Fewer fill too little of a panel of 64 columns.
 LEAST_CHANNELS = 16
+MOST_TAPS = 49  # as csrc/cpu/depthwise.h has it
 
 
 def is_product(weight: Tensor, geometry: Geometry) -> bool:
@@ -41,6 +49,13 @@ def is_window(weight: Tensor, geometry: Geometry) -> bool:
     return not is_product(weight, geometry) and geometry.groups == 1 and min(weight.shape[:2]) >= LEAST_CHANNELS
 
 
+def is_depthwise(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution is of each channel by itself, of a window that its kernels hold."""
+    return geometry.groups == weight.shape[0] > 1 == weight.shape[1] and weight.shape[2:].numel() <= MOST_TAPS
+
+
 def materialised(a: Act) -> Tensor:
     """The activation as a tensor."""
+    if isinstance(a, Norm) and a.act is not None:
+        return bn_act(a, a.act)
     return apply(a, Sum(relu=a.relu), Want()).out if isinstance(a, Norm) else a
