@@ -1,7 +1,7 @@
 """Convolutions, BatchNorms and activations in a row, as modules, cut into what runs fused and what is called.
 
-A chain in one Function has ReLU between its convolutions. Where something else follows a convolution (another
-activation, attention, anti-aliasing), the chain ends there, the module is called, and another chain begins.
+A chain in one Function has activations between its convolutions. Where something else follows one (attention,
+anti-aliasing, nothing), the chain ends there, the module is called, and another chain begins.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..kernels.interface import Reason
-from .mixin import conv_refusal, norm_refusal, pads_same, plain_refusal, read_modules, wrapped
+from ..kernels.interface import Activation, Reason
+from .mixin import conv_refusal, norm_refusal, pads_same, qualified_name, read_modules, wrapped
 
 ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "timm.layers.activations_me")
+FUSED = {  # what the kernels have, besides ReLU
+    nn.LeakyReLU: "leaky_relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish",
+}  # fmt: skip
+CONTAINERS = "torch.nn.modules.container.Sequential", "torchvision.ops.misc.Conv2dNormActivation"
 
 
 class Step(NamedTuple):
@@ -28,11 +32,17 @@ class Step(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A chain: pairs of a convolution and its BatchNorm, ReLU between them and, where relu, at the end; then called."""
+    """A chain: convolutions, each with its BatchNorm and what follows that (None for ReLU), and whether something
+    follows the last one; then called."""
 
-    pairs: tuple[tuple[nn.Module, nn.Module], ...]
-    relu: bool
+    pairs: tuple[tuple[nn.Module, nn.Module, Activation | None], ...]
+    ends: bool
     then: tuple[nn.Module, ...]
+
+    @property
+    def gains(self) -> bool:
+        """Whether less is kept than by the modules: of a lone convolution before ReLU it is as much."""
+        return len(self.pairs) > 1 or (self.ends and self.pairs[0][2] is not None)
 
 
 def step(conv: nn.Module, norm: nn.Module, *after: nn.Module | None) -> Step:
@@ -46,13 +56,35 @@ def does_nothing(module: nn.Module | None) -> bool:
     return module is None or (type(module) is nn.Identity and wrapped("identity", module) is None)
 
 
+def flattened(container: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a Sequential, and of those inside it, in order."""
+    for child in container._modules.values():
+        if qualified_name(type(child)) in CONTAINERS:
+            yield from flattened(child)
+        elif not does_nothing(child):
+            yield child
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether it is an activation that the kernels have."""
+    return type(module) is nn.ReLU or type(module) in FUSED
+
+
+def activation(module: nn.Module) -> Activation | None:
+    """What the kernels call it; None for ReLU."""
+    if type(module) is nn.ReLU:
+        return None
+    return Activation(FUSED[type(module)], getattr(module, "negative_slope", 0.0))
+
+
 def segments(steps: Iterable[Step]) -> list[Segment]:
     found: list[Segment] = []
     for conv, norm, after in steps:
-        relu = len(after) > 0 and type(after[0]) is nn.ReLU
-        joins = found and found[-1].relu and not found[-1].then and not pads_same(conv)
+        ends = len(after) > 0 and is_fused(after[0])
+        act = activation(after[0]) if ends else None
+        joins = found and found[-1].ends and not found[-1].then and not pads_same(conv)
         before = found.pop().pairs if joins else ()
-        found.append(Segment((*before, (conv, norm)), relu, after[1:] if relu else after))
+        found.append(Segment((*before, (conv, norm, act)), ends, after[1:] if ends else after))
     return found
 
 
@@ -62,10 +94,11 @@ def refusal(block: nn.Module, steps: Iterable[Step]) -> Reason | None:
     for conv, norm, after in steps:
         reason = conv_refusal(names.get(id(conv), "conv"), conv, same=True)
         reason = reason or norm_refusal(names.get(id(norm), "norm"), norm, acts=True)
-        if reason is None and after and type(after[0]) is nn.ReLU:
-            reason = plain_refusal(names.get(id(after[0]), "activation"), after[0], nn.ReLU)
+        if reason is None and after and is_fused(after[0]):
+            reason = wrapped(names.get(id(after[0]), "activation"), after[0])
         if reason is None and after and is_other_activation(after[0]):
-            text = f"{type(after[0]).__name__} follows {names.get(id(norm), 'a BatchNorm')}; only ReLU has a fused form"
+            have = ", ".join(cls.__name__ for cls in (nn.ReLU, *FUSED))
+            text = f"{type(after[0]).__name__} follows {names.get(id(norm), 'a BatchNorm')}; the kernels have {have}"
             reason = Reason("activation", text)
         if reason is None and id(norm) in norms:
             reason = Reason("shared_norm", "one BatchNorm serves two convolutions, and would be updated once")
@@ -77,14 +110,14 @@ def refusal(block: nn.Module, steps: Iterable[Step]) -> Reason | None:
 
 def is_other_activation(module: nn.Module) -> bool:
     """An activation after which backward would want what the kernels do not keep."""
-    return type(module).__module__ in ACTIVATIONS and type(module) is not nn.ReLU
+    return type(module).__module__ in ACTIVATIONS and not is_fused(module)
 
 
 def bypassed(steps: Iterable[Step]) -> Iterator[nn.Module]:
     """The modules whose forward the segments stand for."""
     for conv, norm, after in steps:
         yield from (conv, norm)
-        if after and type(after[0]) is nn.ReLU:
+        if after and is_fused(after[0]):
             yield after[0]
 
 
@@ -98,11 +131,15 @@ def run(found: Iterable[Segment], x: Tensor, backend: str) -> Tensor:
 
 def chain(segment: Segment, x: Tensor, backend: str) -> Tensor:
     x = padded(segment.pairs[0][0], x)
-    return functional.conv_bn_relu(x, *convs(segment), relu=segment.relu, backend=backend)
+    return functional.conv_bn_relu(x, *convs(segment), relu=segment.ends, backend=backend)
 
 
 def convs(segment: Segment) -> list[functional.ConvBN]:
-    return [read_modules(conv, norm) for conv, norm in segment.pairs]
+    found = []
+    for conv, norm, act in segment.pairs:
+        pair = read_modules(conv, norm)
+        found.append(pair if act is None else pair._replace(act=act))
+    return found
 
 
 def padded(conv: nn.Module, x: Tensor) -> Tensor:

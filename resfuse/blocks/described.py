@@ -4,8 +4,7 @@
     out = activation(drop_path(attention(y)) + shortcut(x))
 
 What the chain fuser cannot take into one Function (`_segments.py`) is called as a module between two chains. A lone
-convolution, BatchNorm and ReLU is no block: nothing would be kept less, and a vendor's convolution is as fast. Blocks
-with a depthwise convolution are not here either: they keep half, and are slower than eager where that was measured.
+convolution, BatchNorm and ReLU is no block: nothing would be kept less, and a vendor's convolution is as fast.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ..functional import Pooled, Window
 from ..kernels.interface import Reason
 from . import _segments
 from ._segments import Segment, Step, does_nothing
-from .mixin import SOME, norm_kind, plain_refusal, wrapped
+from .mixin import SOME, norm_kind, plain_refusal, qualified_name, wrapped
 
 LISTS = False
 OWNS = SOME
@@ -38,18 +37,20 @@ class Part(NamedTuple):
 class BlockDescription(NamedTuple):
     """A block by the names of its parts, whose forward is what this module's docstring says.
 
+    row: in the place of parts, a Sequential of them, in which others may lie, and what is called between them.
     attention: modules on the last BatchNorm's output. shortcut: None where there is none; else a module on x, an
     identity where that is None (or, with none_adds_nothing, nothing). skips: an attribute that says whether x is added,
     in blocks without a module for it. activation: after the sum.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
     attention: tuple[str, ...] = ()
     drop_path: str | None = None
     shortcut: str | None = None
     none_adds_nothing: bool = False
     skips: str | None = None
     activation: str | None = None
+    row: str | None = None
 
 
 def wrapper(name: str, then: tuple[str, ...] = ()) -> Part:
@@ -73,6 +74,33 @@ BLOCKS = {
     "timm.models._efficientnet_blocks.EdgeResidual": BlockDescription(
         (Part("conv_exp", "bn1", ("aa", "se")), Part("conv_pwl", "bn2")), (), "drop_path", skips="has_skip",
     ),
+    "timm.models._efficientnet_blocks.InvertedResidual": BlockDescription(
+        (
+            Part("conv_s2d", "bn_s2d"), Part("conv_pw", "bn1"), Part("conv_dw", "bn2", ("aa", "se")),
+            Part("conv_pwl", "bn3"),
+        ),
+        (), "drop_path", skips="has_skip",
+    ),
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": BlockDescription(
+        (Part("conv_s2d", "bn_s2d"), Part("conv_dw", "bn1", ("aa", "se")), Part("conv_pw", "bn2")),
+        (), "drop_path", skips="has_skip",
+    ),
+    "timm.models._efficientnet_blocks.UniversalInvertedResidual": BlockDescription(
+        (
+            wrapper("dw_start"), wrapper("pw_exp"), wrapper("dw_mid", then=("se",)), wrapper("pw_proj"),
+            wrapper("dw_end"),
+        ),
+        ("layer_scale",), "drop_path", skips="has_skip",
+    ),
+    "torchvision.models.mobilenetv2.InvertedResidual": BlockDescription(row="conv", skips="use_res_connect"),
+    "torchvision.models.mobilenetv3.InvertedResidual": BlockDescription(row="block", skips="use_res_connect"),
+    "torchvision.models.efficientnet.MBConv": BlockDescription(
+        row="block", drop_path="stochastic_depth", skips="use_res_connect"
+    ),
+    "torchvision.models.efficientnet.FusedMBConv": BlockDescription(
+        row="block", drop_path="stochastic_depth", skips="use_res_connect"
+    ),
+    "torchvision.models.mnasnet._InvertedResidual": BlockDescription(row="layers", skips="apply_residual"),
     "torchvision.models.regnet.ResBottleneckBlock": BlockDescription(
         (Part("f.a.0", "f.a.1", ("f.a.2",)), Part("f.b.0", "f.b.1", ("f.b.2", "f.se")), Part("f.c.0", "f.c.1")),
         shortcut="proj", activation="activation",
@@ -102,11 +130,13 @@ class Beside(NamedTuple):
 
 def find(block: nn.Module, described: BlockDescription) -> Found:
     """Raises AttributeError where the block has other parts."""
-    steps = []
+    steps = _row(named(block, described.row)) if described.row else []
     for part in described.parts:
-        conv = named(block, part.conv)
+        conv, after = named(block, part.conv), [named(block, name) for name in part.after]
         if not does_nothing(conv):
-            steps.append(_segments.step(conv, named(block, part.norm), *(named(block, n) for n in part.after)))
+            steps.append(_segments.step(conv, named(block, part.norm), *after))
+        elif not all(map(does_nothing, after)):
+            raise AttributeError(f"{part.conv} is left out, but not what follows it")
     drop_path = described.drop_path and named(block, described.drop_path)
     activation = described.activation and named(block, described.activation)
     return Found(
@@ -116,6 +146,19 @@ def find(block: nn.Module, described: BlockDescription) -> Found:
         _shortcut(block, described),
         None if does_nothing(activation) else activation,
     )
+
+
+def _row(container: nn.Module) -> list[Step]:
+    steps, rest = [], list(_segments.flattened(container))
+    while rest:
+        conv, *rest = rest
+        if not isinstance(conv, nn.Conv2d) or not rest or norm_kind(type(rest[0])) is None:
+            raise AttributeError(f"a {type(conv).__name__} is where a convolution and its BatchNorm should be")
+        norm, *rest = rest
+        count = next((i for i, m in enumerate(rest) if isinstance(m, nn.Conv2d)), len(rest))
+        steps.append(_segments.step(conv, norm, *rest[:count]))
+        del rest[:count]
+    return steps
 
 
 def _shortcut(block: nn.Module, described: BlockDescription) -> Beside | nn.Module | str | None:
@@ -189,15 +232,17 @@ def watched(block: nn.Module) -> list[nn.Module]:
     described = BLOCKS[_name(block)]
     names = [name for part in described.parts for name in (part.conv, part.norm, *part.after)]
     names += [*described.attention, described.drop_path, described.shortcut, described.activation]
-    found = [named(block, name) for name in names if name is not None]
+    found = [*_containers(block, described), *(named(block, name) for name in names if name is not None)]
     found += [child for module in found if module is not None for child in module._modules.values()]
-    return [m for m in (*_containers(block, described), *found) if m is not None]
+    if described.row:  # in which BatchNorms may have activations inside
+        found += [inner for m in _segments.flattened(named(block, described.row)) for inner in m._modules.values()]
+    return [m for m in found if m is not None]
 
 
 def run(block: nn.Module, x: Tensor, backend: str) -> Tensor:
     steps, attention, drop_path, shortcut, activation = find(block, BLOCKS[_name(block)])
     *before, last = _segments.segments(steps)
-    fits = not (attention or last.relu or last.then or (drop_path is not None and not _drops_rows(drop_path)))
+    fits = not (attention or last.ends or last.then or (drop_path is not None and not _drops_rows(drop_path)))
     y = _segments.run(before, x, backend)
     if isinstance(shortcut, str) or not fits:
         y = _segments.run([last], y, backend)
@@ -241,7 +286,7 @@ def _tensor(shortcut: Beside | nn.Module | None, x: Tensor, backend: str) -> Ten
     if not isinstance(shortcut, Beside):
         return shortcut(x)
     source = x if shortcut.pool is None else shortcut.pool(x)
-    return _segments.chain(Segment((shortcut.step[:2],), False, ()), source, backend)
+    return _segments.chain(Segment(((*shortcut.step[:2], None),), False, ()), source, backend)
 
 
 def _drops_rows(module: nn.Module) -> bool:
@@ -266,7 +311,11 @@ def _containers(block: nn.Module, described: BlockDescription) -> list[nn.Module
     names = dict.fromkeys(
         name[:i] for part in described.parts for name in (part.conv, part.norm) for i, c in enumerate(name) if c == "."
     )
-    return [m for m in (named(block, name) for name in names) if not does_nothing(m)]
+    found = [m for m in (named(block, name) for name in names) if m is not None]
+    if described.row:
+        row = named(block, described.row)
+        found += [row, *(m for m in row.modules() if qualified_name(type(m)) in _segments.CONTAINERS and m is not row)]
+    return found
 
 
 def _name(block: nn.Module) -> str:

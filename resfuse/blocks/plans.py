@@ -40,8 +40,9 @@ def register_block(block: type[nn.Module] | str, description: described.BlockDes
         raise TypeError(f"block must be a class of torch.nn.Module or its qualified name, got {block!r}")
     if not isinstance(description, described.BlockDescription):
         raise TypeError(f"description must be a resfuse.BlockDescription, got {type(description).__name__}")
-    if not description.parts or not all(isinstance(part, described.Part) for part in description.parts):
-        raise TypeError("description.parts must be one resfuse.Part or more")
+    parts = description.parts
+    if not (parts or description.row) or not all(isinstance(part, described.Part) for part in parts):
+        raise TypeError("description.parts must be one resfuse.Part or more, or description.row a name")
     name = block if isinstance(block, str) else qualified_name(block)
     if PLANS.get(name, described) is not described or described.BLOCKS.get(name, description) != description:
         raise ValueError(f"{name} has a fused form already")

@@ -1,4 +1,4 @@
-"""nn.Sequential: two or more convolutions, each with a BatchNorm, in a row with ReLU between them."""
+"""nn.Sequential, and torchvision's wrapper: convolutions in a row, each with its BatchNorm and activation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import _segments
 from ._segments import Step, is_other_activation
 from .mixin import SOME, norm_kind
 
-ORIGINALS = ("torch.nn.modules.container.Sequential",)
+ORIGINALS = _segments.CONTAINERS
 LISTS = False
 OWNS = SOME
 
@@ -31,25 +31,20 @@ def find(block: nn.Sequential) -> list[nn.Module | list[Step]]:
 
 
 def _step(children: list[nn.Module]) -> Step | None:
-    """What the children begin with, if that is a convolution and its BatchNorm, with ReLU or without activation."""
+    """What the children begin with, if that is a convolution and its BatchNorm, and an activation that the kernels have
+    or none."""
     if len(children) < 2 or not isinstance(children[0], nn.Conv2d) or norm_kind(type(children[1])) is None:
         return None
     after = children[2:3]
-    relu = [m for m in after if type(m) is nn.ReLU]
-    step = _segments.step(*children[:2], *relu)
+    step = _segments.step(*children[:2], *filter(_segments.is_fused, after))
     others = [m for m in (*after, *step.after) if is_other_activation(m)]
     return None if others else step
 
 
 def applies(block: nn.Sequential) -> bool:
-    """Whether anything is to be gained: of a lone convolution as much is kept either way, and chains with a depthwise
-    one were slower than eager where that was measured."""
+    """Whether anything is to be gained."""
     rows = (part for part in find(block) if isinstance(part, list))
-    return any(_gains(segment) for row in rows for segment in _segments.segments(row))
-
-
-def _gains(segment: _segments.Segment) -> bool:
-    return len(segment.pairs) > 1 and not any(conv.groups == conv.in_channels > 1 for conv, _ in segment.pairs)
+    return any(segment.gains for row in rows for segment in _segments.segments(row))
 
 
 def refusal(block: nn.Sequential) -> Reason | None:
