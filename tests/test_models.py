@@ -10,11 +10,13 @@ from resfuse.bench.agreement import agreement
 
 MODELS = [
     *(("torchvision", name) for name in (
-        "resnet18", "regnet_x_400mf", "regnet_y_400mf", "densenet121",
+        "resnet18", "regnet_x_400mf", "regnet_y_400mf", "densenet121", "mobilenet_v2", "mobilenet_v3_small",
+        "mnasnet0_5", "efficientnet_b0", "shufflenet_v2_x0_5",
     )),
     *(("timm", name) for name in (
         "resnet18", "resnet18d", "resnet26t", "resnext50_32x4d", "seresnet50", "ecaresnet26t", "resnetblur18",
         "regnetx_002", "regnety_002", "hrnet_w18_small", "efficientnet_es",
+        "efficientnet_b0", "tf_efficientnetv2_b0", "mobilenetv3_small_050", "mobilenetv4_conv_small", "lcnet_050",
     )),
 ]  # fmt: skip
 

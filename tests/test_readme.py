@@ -80,6 +80,12 @@ def test_the_coverage_table_is_what_its_results_file_gives():
     assert "\n".join(coverage.families(results)) in text and results["command"].split(" --json")[0] in text
 
 
+def test_the_table_of_families_is_what_its_results_file_gives():
+    text = (ROOT / "docs" / "models.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "families.json").read_text())
+    assert "\n".join(script("families").table(results)) in text and results["command"] in text
+
+
 def test_the_figure_exists_and_is_named():
     figures = re.findall(r"!\[[^\]]*\]\((\S+\.png)\)", (ROOT / "README.md").read_text())
     assert len(figures) == 1 and (ROOT / figures[0]).stat().st_size > 10_000
