@@ -117,6 +117,17 @@ def test_a_described_block_is_its_eager_twin(name, training):
             torch.testing.assert_close(found[key], theirs, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.parametrize("name", ["inverted, leaky", "separable with attention", "mobilenetv2", "wrapper", "row"])
+def test_it_goes_into_a_graph(name):
+    _, fused = twins(name)
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, C, 9, 8, dtype=torch.float64)
+    expected, found = step(fused, x), step(compiled, x)
+    for key, theirs in expected.items():
+        key = key if key in found else key.replace("d", "d_orig_mod.", 1) if key[0] == "d" else f"_orig_mod.{key}"
+        torch.testing.assert_close(found[key], theirs, rtol=1e-9, atol=1e-9)
+
+
 @ALL
 def test_it_comes_back(name):
     eager, fused = twins(name)

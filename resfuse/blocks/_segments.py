@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..kernels.interface import Activation, Reason
-from .mixin import conv_refusal, norm_refusal, pads_same, qualified_name, read_modules, wrapped
+from .mixin import conv_refusal, norm_refusal, pads_same, read_modules, wrapped
 
 ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "timm.layers.activations_me")
 FUSED = {  # what the kernels have, besides ReLU
@@ -59,10 +59,15 @@ def does_nothing(module: nn.Module | None) -> bool:
 def flattened(container: nn.Module) -> Iterator[nn.Module]:
     """The modules of a Sequential, and of those inside it, in order."""
     for child in container._modules.values():
-        if qualified_name(type(child)) in CONTAINERS:
+        if is_container(child):
             yield from flattened(child)
         elif not does_nothing(child):
             yield child
+
+
+def is_container(module: nn.Module) -> bool:
+    """Whether it calls its children in order."""
+    return f"{type(module).__module__}.{type(module).__qualname__}" in CONTAINERS
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -82,7 +87,7 @@ def segments(steps: Iterable[Step]) -> list[Segment]:
     for conv, norm, after in steps:
         ends = len(after) > 0 and is_fused(after[0])
         act = activation(after[0]) if ends else None
-        joins = found and found[-1].ends and not found[-1].then and not pads_same(conv)
+        joins = len(found) > 0 and found[-1].ends and len(found[-1].then) == 0 and not pads_same(conv)
         before = found.pop().pairs if joins else ()
         found.append(Segment((*before, (conv, norm, act)), ends, after[1:] if ends else after))
     return found
@@ -135,11 +140,7 @@ def chain(segment: Segment, x: Tensor, backend: str) -> Tensor:
 
 
 def convs(segment: Segment) -> list[functional.ConvBN]:
-    found = []
-    for conv, norm, act in segment.pairs:
-        pair = read_modules(conv, norm)
-        found.append(pair if act is None else pair._replace(act=act))
-    return found
+    return [read_modules(*pair) for pair in segment.pairs]
 
 
 def padded(conv: nn.Module, x: Tensor) -> Tensor:

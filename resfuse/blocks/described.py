@@ -19,7 +19,7 @@ from ..functional import Pooled, Window
 from ..kernels.interface import Reason
 from . import _segments
 from ._segments import Segment, Step, does_nothing
-from .mixin import SOME, norm_kind, plain_refusal, qualified_name, wrapped
+from .mixin import SOME, norm_kind, plain_refusal, wrapped
 
 LISTS = False
 OWNS = SOME
@@ -155,9 +155,11 @@ def _row(container: nn.Module) -> list[Step]:
         if not isinstance(conv, nn.Conv2d) or not rest or norm_kind(type(rest[0])) is None:
             raise AttributeError(f"a {type(conv).__name__} is where a convolution and its BatchNorm should be")
         norm, *rest = rest
-        count = next((i for i, m in enumerate(rest) if isinstance(m, nn.Conv2d)), len(rest))
-        steps.append(_segments.step(conv, norm, *rest[:count]))
-        del rest[:count]
+        after = []
+        while rest and not isinstance(rest[0], nn.Conv2d):
+            after.append(rest[0])
+            rest = rest[1:]
+        steps.append(_segments.step(conv, norm, *after))
     return steps
 
 
@@ -242,7 +244,8 @@ def watched(block: nn.Module) -> list[nn.Module]:
 def run(block: nn.Module, x: Tensor, backend: str) -> Tensor:
     steps, attention, drop_path, shortcut, activation = find(block, BLOCKS[_name(block)])
     *before, last = _segments.segments(steps)
-    fits = not (attention or last.ends or last.then or (drop_path is not None and not _drops_rows(drop_path)))
+    called = len(attention) + len(last.then) > 0
+    fits = not (called or last.ends or (drop_path is not None and not _drops_rows(drop_path)))
     y = _segments.run(before, x, backend)
     if isinstance(shortcut, str) or not fits:
         y = _segments.run([last], y, backend)
@@ -314,7 +317,7 @@ def _containers(block: nn.Module, described: BlockDescription) -> list[nn.Module
     found = [m for m in (named(block, name) for name in names) if m is not None]
     if described.row:
         row = named(block, described.row)
-        found += [row, *(m for m in row.modules() if qualified_name(type(m)) in _segments.CONTAINERS and m is not row)]
+        found += [row, *(m for m in row.modules() if _segments.is_container(m) and m is not row)]
     return found
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..arguments import BN, STORAGE_DTYPES, ArgumentError, Conv, ConvBN
-from ..kernels.interface import Reason
+from ..kernels.interface import Activation, Reason
 from . import gate
 
 FROZEN = "torchvision.ops.misc", "FrozenBatchNorm2d"
@@ -234,10 +234,10 @@ def read_pair(block: nn.Module, pair: Pair) -> ConvBN:
     return read_modules(*pair.modules(block))
 
 
-def read_modules(conv: nn.Module, norm: nn.Module) -> ConvBN:
+def read_modules(conv: nn.Module, norm: nn.Module, act: Activation | None = None) -> ConvBN:
     weight, bias, *geometry = read_conv(conv)
     *tensors, eps, momentum, training, group = read_norm(norm)
-    return ConvBN(weight, *tensors, bias, *geometry, eps, momentum, training, group)
+    return ConvBN(weight, *tensors, bias, *geometry, eps, momentum, training, group, act)
 
 
 def read_conv(conv: nn.Module) -> Conv:
