@@ -23,7 +23,19 @@ from torch import Tensor
 
 import resfuse
 from resfuse.kernels import dispatch
-from resfuse.kernels.interface import Affine, BNGrad, Geometry, Masked, Norm, Stats, Sum, Summed, Want
+from resfuse.kernels.interface import (
+    Activation,
+    Affine,
+    BNContext,
+    BNGrad,
+    Geometry,
+    Masked,
+    Norm,
+    Stats,
+    Sum,
+    Summed,
+    Want,
+)
 from resfuse.testing.cases import BottleneckCase, make_block, make_gradient, make_input
 from resfuse.testing.timing import interleave, summary
 from resfuse.testing.tolerances import relative_error
@@ -110,6 +122,7 @@ def works(case: BottleneckCase, dtype: torch.dtype, device: torch.device) -> dic
     q, one, c = matrix(narrow, narrow), torch.ones((), device=device), vector(narrow)
     one_wide, filters = count * wide * narrow * 2, w1[:, :, None, None]
     square = matrix(narrow, 9 * narrow).view(narrow, narrow, 3, 3)
+    activated, context = y2._replace(act=Activation("silu")), BNContext(mean, var, y2.scale / var, True)
     big, small, bits = x.nbytes, z1.nbytes, mask.nbytes
     return {
         "conv_stats": Work(lambda k: k.conv_stats(x, filters, POINTWISE, True), big + small, one_wide),
@@ -131,6 +144,8 @@ def works(case: BottleneckCase, dtype: torch.dtype, device: torch.device) -> dic
             big + bits + 2 * small, one_wide + 2 * count * narrow**2,
         ),
         "bn_reduce": Work(lambda k: k.bn_reduce(dy, z2, mean, var), 2 * small, 0),
+        "bn_act, silu": Work(lambda k: k.bn_act(activated), 2 * small, 0),
+        "bn_act_backward, silu": Work(lambda k: k.bn_act_backward(dy, activated, context), 5 * small, 0),
         "bn_dgrad": Work(lambda k: k.bn_dgrad(dz1), 3 * small, 0),
         "conv_backward, input": Work(
             lambda k: k.conv_backward(dz1, x, filters, POINTWISE, g, (True, False))[0],

@@ -48,9 +48,9 @@ def torch_act(act, v):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bn_act(act, shape, dtype):
     recipe, _ = norm_of(shape, dtype)
-    recipe = recipe._replace(scale=3 * recipe.scale)  # both sides of every bend
+    recipe = recipe._replace(scale=3 * recipe.scale, act=act)  # both sides of every bend
     v = matrix(recipe.z) * recipe.scale.double() + recipe.shift.double()
-    found = primitive("bn_act")(recipe, act)
+    found = primitive("bn_act")(recipe)
     assert found.dtype == dtype and found.stride() == recipe.z.stride()
     close(matrix(found), torch_act(act, v), dtype)
 
@@ -60,13 +60,13 @@ def test_bn_act(act, shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_bn_act_backward(act, shape, batch, dtype):
     recipe, _ = norm_of(shape, dtype)
-    recipe, channels = recipe._replace(scale=3 * recipe.scale), shape[1]
+    recipe, channels = recipe._replace(scale=3 * recipe.scale, act=act), shape[1]
     z, dy = recipe.z, activation(*shape, dtype=dtype, seed=31)
     constant = Stats(vector(channels, dtype, 8), vector(channels, dtype, 9).abs() + 0.5)
     stats = primitive("bn_stats")(z) if batch else constant
     invstd = (stats.var + 1e-5).rsqrt()
     context = BNContext(stats.mean, invstd, recipe.scale / invstd, batch)
-    dz, dgamma, dbeta = primitive("bn_act_backward")(dy, recipe, act, context)
+    dz, dgamma, dbeta = primitive("bn_act_backward")(dy, recipe, context)
     v = (matrix(z) * recipe.scale.double() + recipe.shift.double()).requires_grad_()
     (d,) = torch.autograd.grad(torch_act(act, v), v, matrix(dy))
     zhat = (matrix(z) - stats.mean.double()) * invstd.double()
@@ -88,12 +88,12 @@ def test_values_at_the_edge(act, value, kernel_set):
     """As torch has them: NaN stays, nothing overflows on the way."""
     recipe, _ = norm_of((1, 8, 2, 2), torch.float32)
     z = torch.full_like(recipe.z, value)
-    recipe = recipe._replace(z=z, scale=torch.ones(8), shift=torch.zeros(8))
-    found, expected = primitive("bn_act")(recipe, act), torch_act(act, z.double()).float()
+    recipe = recipe._replace(z=z, scale=torch.ones(8), shift=torch.zeros(8), act=act)
+    found, expected = primitive("bn_act")(recipe), torch_act(act, z.double()).float()
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-37, equal_nan=True)
     dy = torch.full_like(z, 2.0)
     context = BNContext(torch.zeros(8), torch.ones(8), None, False)
-    dz, _, _ = primitive("bn_act_backward")(dy, recipe, act, context)
+    dz, _, _ = primitive("bn_act_backward")(dy, recipe, context)
     v = z.double().requires_grad_()
     (d,) = torch.autograd.grad(torch_act(act, v), v, dy.double())
     assert torch.allclose(dz, d.float(), rtol=1e-5, atol=1e-35, equal_nan=True)

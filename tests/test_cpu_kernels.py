@@ -84,7 +84,7 @@ def everything(k, n, c, h, w, outputs, dtype, seed=0):
     found["depthwise"], stats = k.conv_stats(activated, taps, halves, True)
     found["depthwise mean"], found["depthwise var"] = stats
     context, each = BNContext(mean, invstd, a.scale / invstd, True), halves._replace(stride=(1, 1))
-    found["act dz"], found["act dgamma"], found["act dbeta"] = k.bn_act_backward(dy, a, activated.act, context)
+    found["act dz"], found["act dgamma"], found["act dbeta"] = k.bn_act_backward(dy, activated, context)
     found["depthwise dx"], found["depthwise dweight"] = k.conv_backward(dz, activated, taps, each, dy, (True, True))
     found["window dx"], found["window dweight"] = k.conv_backward(masked, a, filters, WINDOW, dy, (True, True))
     return found

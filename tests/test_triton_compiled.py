@@ -20,7 +20,8 @@ KINDS = {
 }  # fmt: skip
 PRODUCTS = ("_conv_stats", "_expand", "_expand_dgrad", "_conv_dgrad", "_outer_product", "_covariance")
 WINDOWS = ("_conv_window", "_conv_window_dgrad", "_conv_window_wgrad")
-WRITERS = (*PRODUCTS[:4], *WINDOWS[:2], "_apply", "_written")  # of activations and their gradients
+# Of activations and their gradients.
+WRITERS = (*PRODUCTS[:4], *WINDOWS[:2], "_apply", "_written", "_bn_act", "_bn_act_dgrad")
 FEW = ("stage1", "stage3-projection", "small-projection", "ragged")
 FAST = [(arch, "bfloat16") for arch in UNIT] + [(90, kind) for kind in ("float16", "float32", "tf32")]
 
@@ -62,6 +63,25 @@ def test_the_whole_table(arch, kind, monkeypatch):
             continue  # `test_windows`
         meant = {choose(primitive, dtype, rule.up_to or 4096, arch, rule.outer[-1]) for rule in rules}
         assert meant <= taken, primitive
+
+
+@pytest.mark.parametrize(
+    "arch, kind, channels", [
+        *((arch, kind, (40, 256)) for arch, kind in FAST if kind != "tf32"),
+        *(pytest.param(arch, kind, None, marks=pytest.mark.slow) for kind in KINDS if kind != "tf32" for arch in UNIT),
+    ],
+)  # fmt: skip
+def test_activations(arch, kind, channels):
+    """Which no block of `steps` has."""
+    from resfuse.testing.triton import steps
+
+    kernels = steps.compile_activations(arch, KINDS[kind][0], channels or steps.CHANNELS).kernels.values()
+    check(kernels, arch, kind, ())
+    own = [k for k in kernels if k.name in ("_bn_act", "_bn_act_reduce", "_bn_act_dgrad")]
+    assert len({(k.name, k.settings["KIND"]) for k in own}) == 12
+    for k in own:
+        if k.settings["GROUP"] == 8:  # whole tiles or not
+            assert k.instructions.get("ld 16") and (k.name == "_bn_act_reduce" or k.instructions.get("st 16")), k
 
 
 @pytest.mark.slow

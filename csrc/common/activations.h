@@ -45,7 +45,8 @@ RESFUSE_HD float act_value(float v, float slope) {
     return low > 6.0f ? 6.0f : low;
   }
   if constexpr (act == Act::silu) return v * sigmoid(v);
-  if constexpr (act == Act::hardswish) return v * act_value<Act::relu6>(v + 3.0f, 0.0f) * (1.0f / 6.0f);
+  // In this order a large v does not overflow.
+  if constexpr (act == Act::hardswish) return v * (1.0f / 6.0f) * act_value<Act::relu6>(v + 3.0f, 0.0f);
   return v;
 }
 

@@ -33,7 +33,7 @@ at::Tensor bn_act(const at::Tensor& z, const at::Tensor& scale, const at::Tensor
   const int64_t channels = z.size(1), rows = row_count(z);
   check_vector(scale, "scale", channels);
   check_vector(shift, "shift", channels);
-  check_act(act);
+  check_act(act, Act::leaky_relu);
   const at::Tensor y = empty_rows(z, channels);
   with_type(z, [&](auto stored) {
     using T = decltype(stored);

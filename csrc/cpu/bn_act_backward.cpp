@@ -101,7 +101,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
   check_vector(shift, "shift", channels);
   check_vector(mean, "mean", channels);
   check_vector(invstd, "invstd", channels);
-  check_act(act);
+  check_act(act, Act::leaky_relu);
 
   const at::Tensor dz = empty_rows(z, channels);
   const at::Tensor dgamma = at::empty({channels}, at::kFloat), dbeta = at::empty({channels}, at::kFloat);

@@ -24,15 +24,6 @@ Blocks depthwise_blocks(const ConvWindow& window, int64_t channels) {
   return Blocks(window, std::max<int64_t>(1, depthwise_bytes / pixel), std::max<int64_t>(1, at::get_num_threads()));
 }
 
-template <class Kernel>
-void run_blocks(const Blocks& blocks, int64_t shares, const Kernel& kernel_of) {
-  at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) {
-      run_best(kernel_of(s), blocks.count() * s / shares, blocks.count() * (s + 1) / shares);
-    }
-  });
-}
-
 int64_t block_shares(const Blocks& blocks) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), blocks.count()));
 }
@@ -164,10 +155,10 @@ void check_depthwise(const at::Tensor& weight, const at::Tensor& x) {
               "weight must have shape [", x.size(1), ", 1, R, S] of at most ", most_taps, " taps, not ", weight.sizes());
 }
 
-// Tap (r, s) of every channel as floats, zeros behind the last.
+// A tap of every channel, which begins at `offset`, as floats, zeros behind the last.
 template <class T>
-void pack_channels(const at::Tensor& weight, int64_t r, int64_t s, float* out) {
-  const T* from = data_of<T>(weight) + r * weight.stride(2) + s * weight.stride(3);
+void pack_channels(const at::Tensor& weight, int64_t offset, float* out) {
+  const T* from = data_of<T>(weight) + offset;
   for (int64_t c = 0; c < weight.size(0); ++c) out[c] = load(from[c * weight.stride(0)]);
   for (int64_t c = weight.size(0); c < depthwise_stride(weight.size(0)); ++c) out[c] = 0.0f;
 }
@@ -189,8 +180,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_depthwise(
   check_act(act);
   check_depthwise(weight, x);
   const int64_t channels = x.size(1), row = depthwise_stride(channels);
-  const ConvWindow window{x.size(0), x.size(2), x.size(3),  out_height, out_width,   weight.size(2), weight.size(3),
-                          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  const ConvWindow window =
+      window_over(x, out_height, out_width, weight.sizes().slice(2), stride, padding, dilation);
   const at::Tensor z =
       at::empty({x.size(0), channels, out_height, out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   const Blocks blocks = depthwise_blocks(window, channels);
@@ -200,7 +191,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_depthwise(
     using T = decltype(stored);
     const Buffer<float> taps(window.taps() * row);
     for (int64_t t = 0; t < window.taps(); ++t) {
-      pack_channels<T>(weight, t / window.columns, t % window.columns, taps + t * row);
+      const int64_t offset = t / window.columns * weight.stride(2) + t % window.columns * weight.stride(3);
+      pack_channels<T>(weight, offset, taps + t * row);
     }
     const ActRows<T> source = act_rows_of<T>(x, x_scale, x_shift, act, slope);
     const Place dense{out_height, out_width, 0, 0, 1, 1};
@@ -225,8 +217,7 @@ at::Tensor conv_depthwise_dgrad(
   g.check();
   check_depthwise(weight, dout);
   const int64_t channels = dout.size(1), row = depthwise_stride(channels);
-  const std::vector<Phase> rows = phases_of(weight.size(2), stride[0], padding[0], dilation[0], height);
-  const std::vector<Phase> columns = phases_of(weight.size(3), stride[1], padding[1], dilation[1], width);
+  const InputGradient gradient(weight, height, width, stride, padding, dilation);
   const at::Tensor da =
       at::empty({dout.size(0), channels, height, width}, dout.options(), at::MemoryFormat::ChannelsLast);
   const GradientTensors beside{add ? *add : dout, add_mask, add_row_scale, add_factor, none, none, none, none, none,
@@ -239,25 +230,15 @@ at::Tensor conv_depthwise_dgrad(
     using T = decltype(stored);
     const Gradient<T> added = beside.arguments<T>();
     const GradientRows<T> source{g.arguments<T>()};
-    for (size_t i = 0; i < rows.size(); ++i) {
-      for (size_t j = 0; j < columns.size(); ++j) {
-        const Phase &down = rows[i], &across = columns[j];
-        if (down.size <= 0 || across.size <= 0) continue;
-        const ConvWindow window{dout.size(0), dout.size(2), dout.size(3), down.size, across.size, down.count,
-                                across.count, 1, 1, down.padding, across.padding, down.dilation, across.dilation};
-        const Buffer<float> taps(window.taps() * row);
-        for (int64_t t = 0; t < window.taps(); ++t) {
-          pack_channels<T>(weight, down.last_tap - t / across.count * down.step,
-                           across.last_tap - t % across.count * across.step, taps + t * row);
-        }
-        const Place place{height, width, static_cast<int64_t>(i), static_cast<int64_t>(j), stride[0], stride[1]};
-        const Blocks blocks = depthwise_blocks(window, channels);
-        run_blocks(blocks, block_shares(blocks), [&](int64_t) {
-          return DepthwiseKernel<T, GradientRows<T>>{blocks, source, channels, taps, add ? &added : nullptr, place,
-                                                     mutable_data_of<T>(da), nullptr};
-        });
-      }
-    }
+    gradient.each(dout, weight, [&](const ConvWindow& window, const Place& place, const auto& taps) {
+      const Buffer<float> packed(window.taps() * row);
+      for (int64_t t = 0; t < window.taps(); ++t) pack_channels<T>(weight, taps(t), packed + t * row);
+      const Blocks blocks = depthwise_blocks(window, channels);
+      run_blocks(blocks, block_shares(blocks), [&](int64_t) {
+        return DepthwiseKernel<T, GradientRows<T>>{blocks, source, channels, packed, add ? &added : nullptr, place,
+                                                   mutable_data_of<T>(da), nullptr};
+      });
+    });
   });
   return da;
 }
@@ -278,8 +259,7 @@ at::Tensor conv_depthwise_wgrad(
   check_act(act);
   TORCH_CHECK(size[0] * size[1] <= most_taps, "size must be of at most ", most_taps, " taps, not ", size);
   const int64_t channels = x.size(1), row = depthwise_stride(channels);
-  const ConvWindow window{x.size(0), x.size(2),  x.size(3),  dout.size(2), dout.size(3), size[0],    size[1],
-                          stride[0], stride[1], padding[0], padding[1],   dilation[0],  dilation[1]};
+  const ConvWindow window = window_over(x, dout.size(2), dout.size(3), size, stride, padding, dilation);
   const Blocks blocks = depthwise_blocks(window, channels);
   const int64_t shares = row_count(dout) > 0 ? block_shares(blocks) : 0, taps = window.taps();
   std::vector<std::vector<float>> sums(shares, std::vector<float>(taps * row, 0.0f));

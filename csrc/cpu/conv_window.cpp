@@ -19,6 +19,24 @@ namespace resfuse {
 constexpr int64_t window_pixels = 512;
 constexpr int64_t window_columns = 256;
 
+// What a convolution reads: an activation, or a gradient.
+template <class T>
+struct Source {
+  Activation<T> a;
+  Gradient<T> g;  // if dout is there, instead of a
+
+  RESFUSE_HD int64_t channels() const { return g.dout ? g.channels : a.z.channels; }
+
+  template <class E>
+  RESFUSE_HD void fill(int64_t row, int64_t count, E* out, int64_t stride) const {
+    if (g.dout) {
+      fill_gradient<E>(g, row, count, 0, g.channels, out, stride, nullptr);
+    } else {
+      fill_rows<E>(a, row, count, out, stride);
+    }
+  }
+};
+
 template <class T, class E>
 struct WindowKernel {
   Blocks blocks;
@@ -93,11 +111,8 @@ void run_window(
   const Blocks blocks(window, window_pixels, threads);
   const int64_t shares = std::max<int64_t>(1, std::min(threads, blocks.count()));
   if (moments) moments->assign(shares, Moments(weight.columns()));
-  at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) {
-      run_best(WindowKernel<T, E>{blocks, source, &weight, add, place, out, moments ? &(*moments)[s] : nullptr},
-               blocks.count() * s / shares, blocks.count() * (s + 1) / shares);
-    }
+  run_blocks(blocks, shares, [&](int64_t s) {
+    return WindowKernel<T, E>{blocks, source, &weight, add, place, out, moments ? &(*moments)[s] : nullptr};
   });
 }
 
@@ -111,8 +126,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_window(
   TORCH_CHECK(weight.dim() == 4 && weight.size(1) == x.size(1), "weight must have shape [K, ", x.size(1),
               ", R, S], not ", weight.sizes());
   const int64_t inner = x.size(1), outer = weight.size(0);
-  const ConvWindow window{x.size(0), x.size(2), x.size(3),  out_height, out_width,   weight.size(2), weight.size(3),
-                          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  const ConvWindow window =
+      window_over(x, out_height, out_width, weight.sizes().slice(2), stride, padding, dilation);
   const at::Tensor z =
       at::empty({x.size(0), outer, out_height, out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   std::vector<Moments> moments;
@@ -146,8 +161,7 @@ at::Tensor conv_window_dgrad(
   TORCH_CHECK(weight.dim() == 4 && weight.size(0) == dout.size(1), "weight must have shape [", dout.size(1),
               ", C, R, S], not ", weight.sizes());
   const int64_t outer = dout.size(1), inner = weight.size(1);
-  const std::vector<Phase> rows = phases_of(weight.size(2), stride[0], padding[0], dilation[0], height);
-  const std::vector<Phase> columns = phases_of(weight.size(3), stride[1], padding[1], dilation[1], width);
+  const InputGradient gradient(weight, height, width, stride, padding, dilation);
   const at::Tensor da = at::empty({dout.size(0), inner, height, width}, dout.options(), at::MemoryFormat::ChannelsLast);
   const GradientTensors beside{add ? *add : dout, add_mask, add_row_scale, add_factor, none, none, none, none, none,
                                none};
@@ -160,23 +174,13 @@ at::Tensor conv_window_dgrad(
     using E = decltype(element);
     const Gradient<T> added = beside.arguments<T>();
     const Source<T> source{Activation<T>{}, g.arguments<T>()};
-    for (size_t i = 0; i < rows.size(); ++i) {
-      for (size_t j = 0; j < columns.size(); ++j) {
-        const Phase &down = rows[i], &across = columns[j];
-        if (down.size <= 0 || across.size <= 0) continue;
-        const ConvWindow window{dout.size(0), dout.size(2), dout.size(3), down.size, across.size, down.count,
-                                across.count, 1, 1, down.padding, across.padding, down.dilation, across.dilation};
-        Panels<E> panels(outer, inner, window.taps());
-        for (int64_t t = 0; t < window.taps(); ++t) {
-          const int64_t r = down.last_tap - t / across.count * down.step;
-          const int64_t s = across.last_tap - t % across.count * across.step;
-          const T* tap = data_of<T>(weight) + r * weight.stride(2) + s * weight.stride(3);
-          pack_tap(tap, panels, outer, weight.stride(0), weight.stride(1), t);
-        }
-        const Place place{height, width, static_cast<int64_t>(i), static_cast<int64_t>(j), stride[0], stride[1]};
-        run_window<T, E>(window, source, panels, add ? &added : nullptr, place, mutable_data_of<T>(da), nullptr);
+    gradient.each(dout, weight, [&](const ConvWindow& window, const Place& place, const auto& taps) {
+      Panels<E> panels(outer, inner, window.taps());
+      for (int64_t t = 0; t < window.taps(); ++t) {
+        pack_tap(data_of<T>(weight) + taps(t), panels, outer, weight.stride(0), weight.stride(1), t);
       }
-    }
+      run_window<T, E>(window, source, panels, add ? &added : nullptr, place, mutable_data_of<T>(da), nullptr);
+    });
   });
   return da;
 }

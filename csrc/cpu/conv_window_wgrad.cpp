@@ -133,8 +133,7 @@ at::Tensor conv_window_wgrad(
   TORCH_CHECK(x.size(0) == dout.size(0), "x must hold ", dout.size(0), " images, not ", x.size(0));
   check_affine(x_scale, x_shift, "x_scale", "x_shift", x.size(1));
   const int64_t outer = dout.size(1), inner = x.size(1);
-  const ConvWindow window{x.size(0), x.size(2),  x.size(3),  dout.size(2), dout.size(3), size[0],    size[1],
-                          stride[0], stride[1], padding[0], padding[1],   dilation[0],  dilation[1]};
+  const ConvWindow window = window_over(x, dout.size(2), dout.size(3), size, stride, padding, dilation);
   const int64_t panels = (outer + panel_columns - 1) / panel_columns;
   at::Tensor total;
   with_types(dout, [&](auto stored, auto element) {

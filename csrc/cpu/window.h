@@ -5,12 +5,14 @@
 // for all pixels of the block.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "gradient.h"
+#include "isa.h"
 #include "parallel.h"
 #include "rows.h"
 
@@ -29,6 +31,14 @@ struct ConvWindow {
     return out_width > 0 ? (out_width - 1) * stride_w + (columns - 1) * dilation_w + 1 : 0;
   }
 };
+
+// Over the pixels of a tensor [N, C, H, W].
+inline ConvWindow window_over(
+    const at::Tensor& x, int64_t out_height, int64_t out_width, at::IntArrayRef size, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation) {
+  return {x.size(0), x.size(2), x.size(3),  out_height, out_width,   size[0],     size[1],
+          stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+}
 
 struct Block {
   int64_t image, images;  // which, how many
@@ -76,24 +86,6 @@ struct Blocks {
   }
 };
 
-// What a convolution reads: an activation, or a gradient.
-template <class T>
-struct Source {
-  Activation<T> a;
-  Gradient<T> g;  // if dout is there, instead of a
-
-  RESFUSE_HD int64_t channels() const { return g.dout ? g.channels : a.z.channels; }
-
-  template <class E>
-  RESFUSE_HD void fill(int64_t row, int64_t count, E* out, int64_t stride) const {
-    if (g.dout) {
-      fill_gradient<E>(g, row, count, 0, g.channels, out, stride, nullptr);
-    } else {
-      fill_rows<E>(a, row, count, out, stride);
-    }
-  }
-};
-
 // Where pixel (p, q) of what is made lies in the output, height x width: (first_h + p * step_h, first_w + q * step_w).
 struct Place {
   int64_t height, width;
@@ -128,15 +120,57 @@ struct Phase {
   }
 };
 
-// The phases of a direction, one for each place between two strides.
-inline std::vector<Phase> phases_of(int64_t taps, int64_t stride, int64_t padding, int64_t dilation, int64_t length) {
-  std::vector<Phase> phases;
-  for (int64_t i = 0; i < stride; ++i) {
-    phases.emplace_back(taps, stride, padding, dilation, length, i);
-    TORCH_CHECK(phases[i].count > 0 && phases[i].padding >= 0, "every pixel must be reached, and none of the padding "
-                "alone; stride is ", stride, ", padding ", padding, ", dilation ", dilation);
+// The gradient of a convolution's input, height x width, as convolutions of dz: one for each place between strides.
+struct InputGradient {
+  int64_t height, width;
+  std::vector<Phase> rows, columns;
+
+  InputGradient(
+      const at::Tensor& weight, int64_t height_, int64_t width_, at::IntArrayRef stride, at::IntArrayRef padding,
+      at::IntArrayRef dilation)
+      : height(height_), width(width_) {
+    for (int64_t i = 0; i < stride[0]; ++i) {
+      rows.emplace_back(weight.size(2), stride[0], padding[0], dilation[0], height, i);
+    }
+    for (int64_t i = 0; i < stride[1]; ++i) {
+      columns.emplace_back(weight.size(3), stride[1], padding[1], dilation[1], width, i);
+    }
+    for (const auto* phases : {&rows, &columns}) {
+      for (const Phase& phase : *phases) {
+        TORCH_CHECK(phase.count > 0 && phase.padding >= 0, "every pixel must be reached, and none of the padding alone; "
+                    "stride is ", stride, ", padding ", padding, ", dilation ", dilation);
+      }
+    }
   }
-  return phases;
+
+  // work(window over dz, place in da, taps): taps(t) is where in the weight's memory tap t begins.
+  template <class Work>
+  void each(const at::Tensor& dz, const at::Tensor& weight, const Work& work) const {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      for (size_t j = 0; j < columns.size(); ++j) {
+        const Phase &down = rows[i], &across = columns[j];
+        if (down.size <= 0 || across.size <= 0) continue;
+        const ConvWindow window{dz.size(0), dz.size(2), dz.size(3), down.size, across.size, down.count, across.count,
+                                1, 1, down.padding, across.padding, down.dilation, across.dilation};
+        const Place place{height, width, static_cast<int64_t>(i), static_cast<int64_t>(j),
+                          static_cast<int64_t>(rows.size()), static_cast<int64_t>(columns.size())};
+        work(window, place, [&](int64_t t) {
+          return (down.last_tap - t / across.count * down.step) * weight.stride(2) +
+                 (across.last_tap - t % across.count * across.step) * weight.stride(3);
+        });
+      }
+    }
+  }
+};
+
+// kernel_of(share) runs its share of the blocks.
+template <class KernelOf>
+void run_blocks(const Blocks& blocks, int64_t shares, const KernelOf& kernel_of) {
+  at::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+      run_best(kernel_of(s), blocks.count() * s / shares, blocks.count() * (s + 1) / shares);
+    }
+  });
 }
 
 // fill(row of the source matrix, its pixels, out): `stride` elements a pixel.

@@ -21,11 +21,13 @@ def show(arch: int, dtype: torch.dtype, console: Console) -> None:
 
     names = steps.FULL_SIZE
     compiler = steps.compile_steps(arch, dtype, names, tf32=torch.backends.cudnn.allow_tf32)
-    table = Table(title=f"Kernels of {len(names)} blocks for sm_{arch}, {dtype}", title_justify="left")
+    kernels = {**compiler.kernels, **steps.compile_activations(arch, dtype, [256]).kernels}
+    title = f"Kernels of {len(names)} blocks, and of activations behind 256 channels, for sm_{arch}, {dtype}"
+    table = Table(title=title, title_justify="left")
     for column in ("kernel", "tile", "warps", "stages", "registers", "shared KiB", "blocks", "spills", "products",
                    "in flight: loads", "products", "MB"):
         table.add_column(column, justify="left" if column in ("kernel", "tile", "products") else "right")
-    for k in sorted(compiler.kernels.values(), key=lambda k: (k.name, str(k.tile), k.registers)):
+    for k in sorted(kernels.values(), key=lambda k: (k.name, str(k.tile), k.registers)):
         unit = next((unit for unit in UNITS if unit in k.instructions), "-")
         table.add_row(
             k.name.removeprefix("_"), "x".join(map(str, k.tile)), *map(str, (k.warps, k.stages, k.registers)),

@@ -153,7 +153,7 @@ def _forward(k, spec: Spec, inputs: Inputs):
     if act is None:
         written = branches.write(k, made.main, inputs.total(spec, residual), want)
     else:
-        written = Written(k.bn_act(made.main, act))
+        written = Written(k.bn_act(made.main._replace(act=act)))
     beside = [(shortcut_stats, shortcut_kept)] if inputs.shortcut else []
     kept = (*norm_kept, *made.kept, *(vectors for _, vectors in beside))
     stats = (*norm_stats, *made.stats, *(measured for measured, _ in beside))
@@ -182,7 +182,7 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
             k, spec.shortcut, tensors, shortcut_kept, first if projection else x, inputs.residual, spec.layout
         )
     elif (spec.relu and saved.mask is None) or spec.units[-1].act is not None:
-        y = units.output(k, spec.units[-1], kept[-1], saved.zs[-1])
+        y = units.activated(k, spec.units[-1], kept[-1], saved.zs[-1])
     g, beside, dgate = branches.sum_backward(k, spec, inputs, dout, saved.mask, main, residual)
     del main, residual
 

@@ -94,7 +94,7 @@ def backward_inner(
             break
         unit, t = chain[i], tensors[i]
         onward = lower[i] or needs[i].weight or needs[i].bias
-        y = a if unit.act is None else units.output(k, unit, kept[i], zs[i])
+        y = a if unit.act is None else units.activated(k, unit, kept[i], zs[i])
         a = None  # what was read for the last time goes before its successor is made
         dz, dgamma, dbeta = units.backward_norm(k, unit, t, kept[i], da, zs[i], None if masked else y, onward)
         da = y = None

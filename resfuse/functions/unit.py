@@ -216,24 +216,21 @@ def backward_norm(
         dz, dgamma, dbeta = kernels.bn_backward(dy, y, z, context)
     else:
         dy = kernels.select(dy) if isinstance(dy, Masked) else dy
-        dz, dgamma, dbeta = kernels.bn_act_backward(dy, y, unit.act, context)
+        dz, dgamma, dbeta = kernels.bn_act_backward(dy, y, context)
     if unit.group is not None and onward:
         sums = sync.gradient_sums(dgamma, dbeta, kept.invstd, kept.count, unit.group)
         dz = sync.completed(kernels, dz, z, kept.mean, kept.scale, *sums)
     return dz, dgamma, dbeta
 
 
-def activated(kernels, unit: Unit, kept: Kept, z: Tensor, reader: Unit) -> Act:
-    """What follows the unit, made from its output, for the next one."""
+def activated(kernels, unit: Unit, kept: Kept, z: Tensor, reader: Unit | None = None) -> Act:
+    """What follows the unit, made from its output: for the next one, or, without a reader, for `backward_norm`. An
+    activation other than ReLU is a recipe for that and for a convolution of each channel by itself, whose kernels may
+    have any in their prologue."""
     recipe = Norm(z, kept.scale, kept.shift, act=unit.act)
-    depthwise = reader.geometry.groups == z.shape[1] > 1  # its kernels may have any activation in their prologue
-    return recipe if unit.act is not None and depthwise else kernels.prepare(recipe)
-
-
-def output(kernels, unit: Unit, kept: Kept, z: Tensor) -> Act:
-    """The unit's activated output, as `backward_norm` wants it."""
-    recipe = Norm(z, kept.scale, kept.shift)
-    return kernels.prepare(recipe) if unit.act is None else recipe
+    if unit.act is not None and (reader is None or reader.geometry.groups == z.shape[1] > 1):
+        return recipe
+    return kernels.prepare(recipe)
 
 
 def own_batch(unit: Unit) -> bool:

@@ -408,12 +408,10 @@ class KernelSet(Protocol):
         dz may be the `BNGrad` recipe (the consumer computes it in its prologue) or a tensor (one pass gave all).
         """
 
-    def bn_act(self, a: Norm, act: Activation) -> Tensor:
-        """`act(scale * z + shift)`, rounded once; a.relu is not used."""
+    def bn_act(self, a: Norm) -> Tensor:
+        """The recipe of an activation other than ReLU as a tensor, rounded once."""
 
-    def bn_act_backward(
-        self, dy: Tensor, a: Norm, act: Activation, context: BNContext
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def bn_act_backward(self, dy: Tensor, a: Norm, context: BNContext) -> tuple[Tensor, Tensor, Tensor]:
         """(dz, dgamma, dbeta) from the gradient dy of `bn_act`: BatchNorm's backward of dy * act'(scale * z + shift),
         which is wide and nowhere written; a.scale is BatchNorm's own. dz is rounded once."""
 

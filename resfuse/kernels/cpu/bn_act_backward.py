@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from ... import _native
-from ..interface import Activation, BNContext, Norm
+from ..interface import BNContext, Norm
 from . import _operands
 
 
-def bn_act_backward(dy: Tensor, a: Norm, act: Activation, context: BNContext) -> tuple[Tensor, Tensor, Tensor]:
+def bn_act_backward(dy: Tensor, a: Norm, context: BNContext) -> tuple[Tensor, Tensor, Tensor]:
     _operands.check_rows(dy=dy, z=a.z)
     mean, invstd, _, batch = context
     return _native.load().bn_act_backward(
-        dy, a.z, a.scale, a.shift, *_operands.activation(act), mean, invstd, batch
+        dy, a.z, a.scale, a.shift, *_operands.activation(a.act), mean, invstd, batch
     )

@@ -57,5 +57,5 @@ def is_depthwise(weight: Tensor, geometry: Geometry) -> bool:
 def materialised(a: Act) -> Tensor:
     """The activation as a tensor."""
     if isinstance(a, Norm) and a.act is not None:
-        return bn_act(a, a.act)
+        return bn_act(a)
     return apply(a, Sum(relu=a.relu), Want()).out if isinstance(a, Norm) else a

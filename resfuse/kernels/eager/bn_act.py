@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..interface import Activation, Norm, wide
+from ..interface import Norm, wide
 from ._rows import dense
 
 FORWARD = {
@@ -14,8 +14,8 @@ FORWARD = {
 }
 
 
-def bn_act(a: Norm, act: Activation) -> Tensor:
-    return FORWARD[act.kind](before(a), act.slope).to(a.z.dtype)
+def bn_act(a: Norm) -> Tensor:
+    return FORWARD[a.act.kind](before(a), a.act.slope).to(a.z.dtype)
 
 
 def before(a: Norm) -> Tensor:

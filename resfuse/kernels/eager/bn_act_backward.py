@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..interface import Activation, BNContext, Norm
+from ..interface import BNContext, Norm
 from ._rows import dense
 from .bn_act import before
 from .bn_backward import bn_backward
@@ -17,7 +17,7 @@ BACKWARD = {
 }
 
 
-def bn_act_backward(dy: Tensor, a: Norm, act: Activation, context: BNContext) -> tuple[Tensor, Tensor, Tensor]:
+def bn_act_backward(dy: Tensor, a: Norm, context: BNContext) -> tuple[Tensor, Tensor, Tensor]:
     v = before(a)
-    d = BACKWARD[act.kind](dense(dy).to(v.dtype), v, act.slope)
+    d = BACKWARD[a.act.kind](dense(dy).to(v.dtype), v, a.act.slope)
     return bn_backward(d.to(dy.dtype), None, a.z, context)

@@ -11,7 +11,7 @@ from .select import select
 def prepare(operand: Act | Grad, outer: int = 0) -> Tensor:
     if isinstance(operand, Norm):
         if operand.act is not None:
-            return bn_act(operand, operand.act)
+            return bn_act(operand)
         y = affine(operand.z, operand.scale, operand.shift)
         return y.relu_() if operand.relu else y
     if isinstance(operand, Masked):

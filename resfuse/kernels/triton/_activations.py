@@ -11,9 +11,8 @@ from ._tiles import rectify
 
 
 @triton.jit
-def _hard_sigmoid(v):
-    """min(max(v + 3, 0), 6) / 6: the division comes before the product with v, which may be large. NaN stays."""
-    return tl.minimum(rectify(v + 3.0), 6.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / 6.0)
+def _relu6(v):
+    return tl.minimum(rectify(v), 6.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -22,12 +21,12 @@ def act_value(v, slope, KIND: tl.constexpr):
     if KIND == "leaky_relu":
         return tl.where(v > 0, v, v * slope)
     elif KIND == "relu6":
-        return tl.minimum(rectify(v), 6.0, propagate_nan=tl.PropagateNan.ALL)
+        return _relu6(v)
     elif KIND == "silu":
         return v / (1.0 + tl.exp(-v))
     else:
         tl.static_assert(KIND == "hardswish")
-        return v * _hard_sigmoid(v)
+        return (v * (1.0 / 6.0)) * _relu6(v + 3.0)  # in this order a large v does not overflow
 
 
 @triton.jit
@@ -35,7 +34,7 @@ def act_gradient(dy, v, slope, KIND: tl.constexpr):
     """dy * act'(v), at bends as torch's, at NaN as its vectorised CPU kernels (others differ from them there). Where
     a comparison says that the derivative is 0, the result is 0 whatever dy is."""
     if KIND == "leaky_relu":
-        return tl.where(v > 0, dy, dy * slope)
+        return dy * tl.where(v > 0, 1.0, slope)
     elif KIND == "relu6":
         return tl.where((v > 0) & (v < 6), dy, 0.0)
     elif KIND == "silu":
@@ -43,4 +42,4 @@ def act_gradient(dy, v, slope, KIND: tl.constexpr):
         return dy * s * (1.0 + v * (1.0 - s))
     else:
         tl.static_assert(KIND == "hardswish")
-        return tl.where(v <= -3, 0.0, tl.where(v >= 3, dy, dy * (v * (1.0 / 3.0) + 0.5)))
+        return tl.where(v <= -3, 0.0, dy * tl.where(v >= 3, 1.0, v * (1.0 / 3.0) + 0.5))

@@ -57,5 +57,5 @@ def materialised(a: Act) -> Tensor:
     if not isinstance(a, Norm):
         return a
     if a.act is not None:
-        return bn_act(a, a.act)
+        return bn_act(a)
     return apply(a, Sum(relu=a.relu), Want()).out if a.y is None else a.y

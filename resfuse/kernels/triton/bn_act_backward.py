@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import Activation, BNContext, Norm
+from ..interface import BNContext, Norm
 from . import _operands, _table
 from ._activations import act_gradient
-from ._launch import arch, launch
+from ._launch import launch
 from ._tiles import load_tile, load_vector
+from .bn_act import choices
 from .bn_reduce import bn_vectors
 
 
@@ -34,9 +35,10 @@ def _bn_act_reduce(
     scale, shift, mean,  # [C] float32
     partial,  # [shares, 2, C] float32
     slope,  # of the activation
-    M, C, blocks, each,
-    KIND: tl.constexpr, EVEN_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    M, groups, blocks, each,
+    KIND: tl.constexpr, GROUP: tl.constexpr, EVEN_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    C = groups * GROUP
     columns = tl.cdiv(C, BLOCK_C)
     share, cols = tl.program_id(0) // columns, tl.program_id(0) % columns * BLOCK_C + tl.arange(0, BLOCK_C)
     centre = load_vector(mean, cols, C, EVEN_C)
@@ -60,9 +62,10 @@ def _bn_act_dgrad(
     mean, mean_dy, along,  # [C] float32, or None where the statistics are constants
     dz,  # [M, C] storage
     slope,  # of the activation
-    M, C,
-    KIND: tl.constexpr, EVEN_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    M, groups,
+    KIND: tl.constexpr, GROUP: tl.constexpr, EVEN_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    C = groups * GROUP
     columns = tl.cdiv(C, BLOCK_C)
     cols = tl.program_id(0) % columns * BLOCK_C + tl.arange(0, BLOCK_C)
     index = tl.program_id(0) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -75,20 +78,16 @@ def _bn_act_dgrad(
     tl.store(dz + starts[:, None] + cols[None, :], (t * times).to(dz.dtype.element_ty), mask=held)
 
 
-def bn_act_backward(dy: Tensor, a: Norm, act: Activation, context: BNContext) -> tuple[Tensor, Tensor, Tensor]:
+def bn_act_backward(dy: Tensor, a: Norm, context: BNContext) -> tuple[Tensor, Tensor, Tensor]:
     z, channels = a.z, a.z.shape[1]
     _operands.check_rows(dy=dy, z=z)
     count, scale, shift, mean = _operands.rows(z), *map(_operands.vector, (a.scale, a.shift, context.mean))
-    tile = _table.tile("elements", z.dtype, channels, arch(z))
+    tile, groups, options = choices(a)
     blocks, columns = -(-count // tile.rows), -(-channels // tile.channels)
     shares, each = _table.shares(count, tile.rows, columns, tile.shares)
     partial = torch.empty((shares, 2, channels), dtype=torch.float32, device=z.device)
-    options = {
-        "KIND": act.kind, "EVEN_C": channels % tile.channels == 0, "BLOCK_M": tile.rows, "BLOCK_C": tile.channels,
-        **tile.options,
-    }  # fmt: skip
     launch(
-        _bn_act_reduce, shares * columns, z, dy, z, scale, shift, mean, partial, act.slope, count, channels, blocks,
+        _bn_act_reduce, shares * columns, z, dy, z, scale, shift, mean, partial, a.act.slope, count, groups, blocks,
         each, **options,
     )
     dbeta, dgamma, mean_dy, along, _ = bn_vectors(partial, count, context)
@@ -96,7 +95,7 @@ def bn_act_backward(dy: Tensor, a: Norm, act: Activation, context: BNContext) ->
         mean = mean_dy = along = None
     dz = torch.empty_like(z)
     launch(
-        _bn_act_dgrad, blocks * columns, z, dy, z, scale, shift, mean, mean_dy, along, dz, act.slope, count, channels,
+        _bn_act_dgrad, blocks * columns, z, dy, z, scale, shift, mean, mean_dy, along, dz, a.act.slope, count, groups,
         **options,
     )
     return dz, dgamma, dbeta

@@ -10,7 +10,10 @@ import torch
 
 import resfuse
 
+from ...kernels.interface import ACTIVATIONS, Activation, BNContext, Norm
 from ...kernels.triton import _table
+from ...kernels.triton.bn_act import bn_act
+from ...kernels.triton.bn_act_backward import bn_act_backward
 from ..cases import CASES, Case, make_block, make_gradient, make_input
 from .offline import Compiler, compiled_for
 
@@ -20,6 +23,7 @@ FULL_SIZE = (
     "stage4-projection", "basic-stage1", "preact-stage1", "dense-layer", "stem",
 )  # fmt: skip
 SMALL = ("small-projection", "small-pooled", "small-padded", "ragged", "small-stem", "small-preact")
+CHANNELS = (32, 40, 64, 65, 200, 256)  # of activations: each tile, whole and not, and rows of no whole groups
 BATCH = 32  # enough rows for the form that large batches take
 
 
@@ -41,6 +45,19 @@ def compile_steps(
         return compiler
     finally:
         torch.backends.cudnn.allow_tf32, _table.ours = before, chosen
+
+
+def compile_activations(arch: int, dtype: torch.dtype, channels: Iterable[int] = CHANNELS) -> Compiler:
+    """What the Triton set launches for each activation other than ReLU, of batch statistics and of constants."""
+    with compiled_for(arch) as compiler:
+        for count in channels:
+            z, vector = torch.empty(2, 8, 8, count, dtype=dtype).permute(0, 3, 1, 2), torch.empty(count)
+            for kind in ACTIVATIONS:
+                a = Norm(z, vector, vector, act=Activation(kind, 0.1))
+                bn_act(a)
+                for batch in (True, False):
+                    bn_act_backward(z, a, BNContext(vector, vector, vector, batch))
+    return compiler
 
 
 def _step(case: Case, dtype: torch.dtype, batch: int) -> None:
