@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import coverage, cuda_kernels, info, kernels, plot, tables, tune, verify
+from . import coverage, cuda_kernels, info, kernels, peers, plot, tables, tune, verify
 from .implementations import IMPLEMENTATIONS, Implementation
 from .plan import Plan, plan
 from .run import run
@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
     reach.add_argument("models", nargs="*", help="default: all of them")
     reach.add_argument("--library", choices=coverage.LIBRARIES, default="torchvision")
     reach.add_argument("--json", type=Path, metavar="PATH", help="results file")
+    theirs = commands.add_parser("peers", help="a library's own model tests on fused models; needs no GPU")
+    theirs.add_argument("--library", choices=tuple(peers.FILES), required=True)
+    theirs.add_argument("--json", type=Path, metavar="PATH", help="results file")
+    theirs.add_argument("checkout", type=Path, help="folder of the library's repository, at the installed version")
+    theirs.add_argument("pytest", nargs=argparse.REMAINDER, metavar="...", help="pytest's arguments, such as -k EXPR")
     tuning = commands.add_parser("tune", help="the Triton kernels' tiles measured on a GPU; prints a new launch table")
     tuning.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     tuning.add_argument("--batch", type=int, default=256)
@@ -62,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0, or 1 where the gate is red, a fused model failed or training strays."""
+    """Exit code: 0, or 1 where the gate is red, a fused model failed, training strays or a peer's test fails."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -74,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify.show(found, console)
         verify.write(found, options.json, options.png)
         return 0 if found.passed else 1
+    if options.command == "peers":
+        return peers.run(options.library, options.checkout, options.pytest, options.json, console)
     if options.command == "coverage":
         coverage.show(options.library, options.models, options.json, console)
     elif options.command == "kernels":

@@ -91,7 +91,7 @@ class FusedMixin:
             state = self.__dict__["_resfuse_state"] = State()
         return state
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):  # torch.fx would carry an annotation into its programs as a string, unknown to torch.jit
         if torch.compiler.is_compiling():
             if self._in_graph():
                 return self.plan.run(self, x, self.resfuse_state.backend)
