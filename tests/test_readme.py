@@ -86,6 +86,16 @@ def test_the_table_of_families_is_what_its_results_file_gives():
     assert "\n".join(script("families").table(results)) in text and results["command"] in text
 
 
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_the_table_of_peers_is_what_their_results_files_give(library):
+    name = f"benchmarks/results/peers-{library}.json"
+    results = json.loads((ROOT / name).read_text())
+    outcomes = ", ".join(f"{number} {outcome}" for outcome, number in results["outcomes"].items())
+    row = f"| {library} {results['version']} | {outcomes} | {results['fused_tests']} | `{name}` |"
+    assert row in (ROOT / "docs" / "models.md").read_text()
+    assert all(test["without"] for test in results["failed"].values())
+
+
 def test_the_figure_exists_and_is_named():
     figures = re.findall(r"!\[[^\]]*\]\((\S+\.png)\)", (ROOT / "README.md").read_text())
     assert len(figures) == 1 and (ROOT / figures[0]).stat().st_size > 10_000

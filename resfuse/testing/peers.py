@@ -41,7 +41,7 @@ KNOWN = (
     Known("timm", "test_model_forward_fx[*", OTHER_BITS),
     Known("torchvision", "test_feature_extraction_methods_equivalence", OTHER_BITS),
     Known("torchvision", "test_classification_model[[]*-wide_resnet50_2]", OTHER_BITS),
-    Known("torchvision", "test_detection_model[*", "compares the boxes of random weights with a scripted, unfused twin's"),
+    Known("torchvision", "test_detection_model[*", "compares boxes of random weights with a scripted, unfused twin's"),
 )
 LIBRARIES = ("timm", "torchvision")
 PROPERTY = "resfuse"  # of a test's report; plain numbers, which travel from workers too
