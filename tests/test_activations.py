@@ -1,13 +1,15 @@
 """Activations other than ReLU: the two primitives of every kernel set, and what a call refuses."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from operands import close, matrix, norm_of, primitive, vector
-from units import NATIVE, TRITON, activation, triton_kernels
+from units import NATIVE, TRITON, activation, conv_bn, results, triton_kernels, twin
 
+from resfuse import functional, reference
 from resfuse.kernels.interface import ACTIVATIONS, Activation, BNContext, Stats
 
 ALL = [Activation("leaky_relu", 0.1), *(Activation(kind) for kind in ACTIVATIONS if kind != "leaky_relu")]
@@ -97,3 +99,34 @@ def test_values_at_the_edge(act, value, kernel_set):
     v = z.double().requires_grad_()
     (d,) = torch.autograd.grad(torch_act(act, v), v, dy.double())
     assert torch.allclose(dz, d.float(), rtol=1e-5, atol=1e-35, equal_nan=True)
+
+
+@pytest.mark.parametrize("act", ALL, ids=lambda act: act.kind)
+def test_a_chain_of_each_set(act, kernel_set):
+    """An inverted residual, activated at its end or not, by the set alone ("cpu": with what it leaves to others)."""
+    dtype, backend = torch.float32, "auto" if kernel_set == "cpu" else kernel_set
+    convs = (
+        conv_bn(6, 16, dtype=dtype, act=act), conv_bn(16, 16, 3, padding=(1, 1), groups=16, dtype=dtype, act=act),
+        conv_bn(16, 6, dtype=dtype, act=act),
+    )  # fmt: skip
+    exact = twin(convs, torch.float64)
+    x = activation(2, 6, 5, 7, dtype=dtype).requires_grad_()
+    y = x.detach().double().requires_grad_()
+    dout = activation(2, 6, 5, 7, dtype=dtype, seed=3)
+    found = results(functional.conv_bn_relu(x, *convs, backend=backend), dout, x, convs)
+    expected = results(reference.block(y, *exact, shortcut="none"), dout.double(), y, exact)
+    for name, t in expected.items():
+        assert (found[name].double() - t.double()).norm() <= 1e-5 * (1 + t.double().norm()), name
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(act="silu"), "conv1.act must be None or an Activation of leaky_relu, relu6, silu, hardswish, got 'silu'"),
+    (dict(act=Activation("gelu")), "conv1.act must be None or an Activation"),
+])  # fmt: skip
+def test_other_things_are_refused(change, sentence):
+    x, c = activation(2, 6, 5, 7), conv_bn(6, 6)
+    with pytest.raises(functional.ArgumentError, match=re.escape(sentence)):
+        functional.conv_bn_relu(x, c._replace(**change), c)
+    assert c.num_batches_tracked == 3
+    with pytest.raises(functional.ArgumentError, match=re.escape("conv1.act is silu; a sum follows")):
+        functional.conv_bn_add_relu(x, c._replace(act=Activation("silu")))

@@ -56,6 +56,13 @@ def test_an_unproven_set_is_not_preferred(gpu, monkeypatch):
     assert set(dispatch.kernels("auto", "cuda", torch.bfloat16).chosen.values()) == {"eager"}
 
 
+def test_newer_primitives_of_a_proven_set_wait(gpu, monkeypatch):
+    monkeypatch.setattr(measured, "UNPROVEN", {"triton": ("bn_act",)})
+    chosen = dispatch.kernels("auto", "cuda", torch.bfloat16).chosen
+    assert chosen["bn_act"] == "eager" and chosen["bn_act_backward"] == chosen["bn_stats"] == "triton"
+    assert dispatch.kernels("triton", "cuda", torch.bfloat16).chosen["bn_act"] == "triton", "asked for by name"
+
+
 def test_no_device_is_asked_where_the_table_has_nothing(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: pytest.fail("asked"))
     assert measured.preferred("cpu", torch.bfloat16) == {}

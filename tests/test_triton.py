@@ -282,6 +282,8 @@ def test_what_the_set_refuses(monkeypatch):
         with pytest.raises(Unsupported, match="g is not dense"):
             select(Masked(x[:, :, ::2], None, None, 2.0))
         silu = Norm(x, torch.ones(8), torch.zeros(8), act=Activation("silu"))
+        with pytest.raises(Unsupported, match="no kernel but bn_act has silu"):
+            conv_stats(silu, x[:1, :, :1, :1], POINTWISE, False)
         context = BNContext(*torch.ones(2, 8), None, True)
         with pytest.raises(Unsupported, match="z is not dense"):
             bn_act(silu._replace(z=nchw))

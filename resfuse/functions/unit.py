@@ -224,13 +224,13 @@ def backward_norm(
 
 
 def activated(kernels, unit: Unit, kept: Kept, z: Tensor, reader: Unit | None = None) -> Act:
-    """What follows the unit, made from its output: for the next one, or, without a reader, for `backward_norm`. An
-    activation other than ReLU is a recipe for that and for a convolution of each channel by itself, whose kernels may
-    have any in their prologue."""
+    """What follows the unit, made from its output: for the next one, or, without a reader, for `backward_norm`. Few
+    read a recipe of another activation than ReLU."""
     recipe = Norm(z, kept.scale, kept.shift, act=unit.act)
-    if unit.act is not None and (reader is None or reader.geometry.groups == z.shape[1] > 1):
-        return recipe
-    return kernels.prepare(recipe)
+    if unit.act is None:
+        return kernels.prepare(recipe)
+    depthwise = reader is not None and reader.geometry.groups == z.shape[1] > 1
+    return recipe if reader is None or (depthwise and kernels.any_activation) else kernels.bn_act(recipe)
 
 
 def own_batch(unit: Unit) -> bool:

@@ -36,7 +36,7 @@ def kernel_set(name: str) -> ModuleType:
 @cache
 def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
     """One callable per primitive for a device type and storage dtype; `chosen` names their sets, `replays` is for those
-    who call them.
+    who call them, `any_activation` says whether depthwise convolutions read any activation's recipe.
 
     backend: "auto" or a kernel set's name. Raises Unsupported with every reason if the named set cannot serve
     all primitives there.
@@ -57,11 +57,16 @@ def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
     chosen = {}
     for primitive in PRIMITIVES:
         able = [name for name in usable if primitive in kernel_set(name).PRIMITIVES]
+        if backend == "auto":
+            able = [name for name in able if primitive not in measured.UNPROVEN.get(name, ())]
         chosen[primitive] = sorted(able, key=lambda name: name != faster.get(primitive))  # noqa: B023
     log.info("kernels for %s %s: %s", device, dtype, {p: s[0] for p, s in chosen.items()})
+    readers = [kernel_set(chosen[p][0]) for p in ("conv_stats", "conv_backward")]
     return SimpleNamespace(
-        chosen={p: s[0] for p, s in chosen.items()}, replays={}, **{p: _first_able(p, s) for p, s in chosen.items()}
-    )
+        chosen={p: s[0] for p, s in chosen.items()}, replays={},
+        any_activation=all(getattr(each, "ANY_ACTIVATION", False) for each in readers),
+        **{p: _first_able(p, s) for p, s in chosen.items()},
+    )  # fmt: skip
 
 
 def missing(backend: str, device: str, dtype: torch.dtype) -> list[Reason]:

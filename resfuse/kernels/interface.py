@@ -96,7 +96,8 @@ class Norm(NamedTuple):
     """The activation `act(scale * z + shift)`, rounded to z's dtype. z [N, C, H, W]; scale, shift wide [C].
 
     y: the same as a tensor, where a set's `prepare` has made it for products to read. act: what follows instead of
-    ReLU; only `prepare` and convolutions of each channel by itself (depthwise) are given such a recipe.
+    ReLU; `bn_act` and `bn_act_backward` are given such recipes and, where a set has ANY_ACTIVATION, its depthwise
+    convolutions.
     """
 
     z: Tensor
@@ -293,8 +294,7 @@ class KernelSet(Protocol):
     """Every primitive. `docs/math.md` has the algebra; the names here are its names."""
 
     def prepare(self, operand: Act | Grad, outer: int = 0) -> Act | Grad:
-        """The operand as this set reads it best when several primitives read it in turn; an activation other than ReLU
-        always as a tensor.
+        """The operand as this set reads it best when several primitives read it in turn.
 
         outer: channels of the products that are about to read it, 0 where that is not known. A set whose kernels apply
         recipes in their prologue returns it unchanged, or a `Norm` with its y; a set that would compute the recipe at

@@ -24,6 +24,9 @@ class Preference(NamedTuple):
 # Compute capabilities of the GPUs on which the tests of a set's kernels passed; benchmarks/results says when.
 PROVEN: dict[str, tuple[tuple[int, int], ...]] = {"triton": ((9, 0),), "cuda": ((9, 0),)}
 
+# Primitives of such a set whose kernels are newer than that: `auto` leaves them alone until they have passed too.
+UNPROVEN: dict[str, tuple[str, ...]] = {"triton": ("bn_act", "bn_act_backward")}
+
 # Where a measurement says other than `dispatch.ORDER`, if both sets are proven. On an H100 bn_stats and covariance of
 # the CUDA set were 1.08 and 1.07 times as fast as Triton's (dc57592, h100.json), before Triton's covariance read
 # tensors, which took it from 65 to 46 us in a step; an operator between Triton's kernels splits their native launch.

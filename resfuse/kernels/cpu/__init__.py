@@ -14,6 +14,7 @@ PRIMITIVES = (
     "expand", "expand_coefficients", "expand_dgrad", "expand_products", "expand_stats", "finalize", "prepare",
     "select", "update_running",
 )  # fmt: skip
+ANY_ACTIVATION = True  # in the prologue of depthwise convolutions
 STATUS = "C++ kernels, float32 and bfloat16; tested on the CPU they run on"
 
 

@@ -2,12 +2,9 @@
 
 from ..interface import Act, BNGrad, Grad, Masked, Norm
 from ._operands import act, gradient
-from .bn_act import bn_act
 
 
 def prepare(operand: Act | Grad, outer: int = 0) -> Act | Grad:
-    if isinstance(operand, Norm) and operand.act is not None:
-        return bn_act(operand)
     if isinstance(operand, Norm):
         act(operand)
     elif isinstance(operand, Masked | BNGrad):

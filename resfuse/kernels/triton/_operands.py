@@ -89,6 +89,8 @@ NO_GRAD = GradArgs(*12 * (None,))
 
 
 def act(a: Act) -> ActArgs:
+    if isinstance(a, Norm) and a.act is not None:
+        raise Unsupported([Reason("activation", f"no kernel but bn_act has {a.act.kind} in its prologue")])
     x, scale, shift = a[:3] if isinstance(a, Norm) else (a, None, None)
     if isinstance(a, Norm) and a.y is not None:
         x, scale, shift = a.y, None, None

@@ -10,7 +10,6 @@ from . import _operands, _table
 from ._launch import arch, launch
 from ._sum import load_residual, write_sum
 from ._tiles import load_tile, load_vector, row_starts
-from .bn_act import bn_act
 from .expand import write
 
 
@@ -56,6 +55,4 @@ def materialised(a: Act) -> Tensor:
     """The activation as a tensor."""
     if not isinstance(a, Norm):
         return a
-    if a.act is not None:
-        return bn_act(a)
     return apply(a, Sum(relu=a.relu), Want()).out if a.y is None else a.y

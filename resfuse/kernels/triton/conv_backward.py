@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..interface import Act, Addend, BNGrad, Geometry, Grad, Masked, Norm, Strided, Summed
+from ..interface import Act, Addend, BNGrad, Geometry, Grad, Masked, Strided, Summed
 from ..vendor import conv_grads
 from . import _operands, _table
 from ._launch import arch, launch
@@ -76,7 +76,6 @@ def conv_backward(
     grad: Grad, a: Act, weight: Tensor, geometry: Geometry, add: Addend, needs: tuple[bool, bool],
     mean: Tensor | None = None,
 ) -> tuple[Tensor | Summed | None, Tensor | None]:
-    a = materialised(a) if isinstance(a, Norm) and a.act is not None else a
     if not is_product(weight, geometry) or geometry.stride != (1, 1):
         return _window(grad, a, weight, geometry, add, needs, mean)
     da = dweight = None

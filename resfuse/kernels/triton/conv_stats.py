@@ -49,7 +49,6 @@ def _conv_stats(
 
 
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
-    a = materialised(a) if isinstance(a, Norm) and a.act is not None else a
     if not is_product(weight, geometry):
         if _table.ours("conv_window", weight, geometry, arch(weight)):
             return conv_window(a, weight, geometry, stats)

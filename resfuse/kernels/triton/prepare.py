@@ -10,8 +10,6 @@ from .apply import materialised
 
 def prepare(operand: Act | Grad, outer: int = 0) -> Act | Grad:
     if isinstance(operand, Norm):
-        if operand.act is not None:
-            return materialised(operand)
         channels = _operands.act(operand).x.shape[1]
         if operand.y is None and outer >= 2 * channels and _table.written_first(operand.z, arch(operand.z)):
             return operand._replace(y=materialised(operand))
