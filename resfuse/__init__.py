@@ -3,7 +3,7 @@
 from . import blocks
 from ._version import __version__
 from .arguments import ArgumentError
-from .blocks.described import BlockDescription, Part
+from .blocks.descriptions import BlockDescription, Part
 from .blocks.mixin import disabled
 from .blocks.plans import register_block
 from .convert import FuseConfig, FuseError, Report, explain, fuse, report, unfuse

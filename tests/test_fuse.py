@@ -41,11 +41,11 @@ def test_all_of_torchvisions_resnets_is_fused(name):
 
 
 @pytest.mark.parametrize("name", DENSENETS)
-def test_torchvisions_densenets_are_fused_but_for_their_stem(name):
+def test_all_of_torchvisions_densenets_is_fused(name):
     with torch.device("meta"):
         report = resfuse.explain(getattr(torchvision.models, name)())
-    assert [(fqn, code) for fqn, code, _ in report.skipped] == [("features.conv0", "no_plan")]
-    assert {kind for _, kind, _ in report.fused} == {"_DenseLayer", "_Transition"} and report.coverage > 0.94
+    assert report.skipped == [] and report.coverage == 1
+    assert {kind for _, kind, _ in report.fused} == {"Sequential", "_DenseLayer", "_Transition"}
 
 
 def test_fuse_is_in_place_idempotent_and_undone():

@@ -11,12 +11,15 @@ from resfuse.bench.agreement import agreement
 MODELS = [
     *(("torchvision", name) for name in (
         "resnet18", "regnet_x_400mf", "regnet_y_400mf", "densenet121", "mobilenet_v2", "mobilenet_v3_small",
-        "mnasnet0_5", "efficientnet_b0", "shufflenet_v2_x0_5",
+        "mnasnet0_5", "efficientnet_b0", "shufflenet_v2_x0_5", "googlenet",
     )),
     *(("timm", name) for name in (
         "resnet18", "resnet18d", "resnet26t", "resnext50_32x4d", "seresnet50", "ecaresnet26t", "resnetblur18",
         "regnetx_002", "regnety_002", "hrnet_w18_small", "efficientnet_es",
         "efficientnet_b0", "tf_efficientnetv2_b0", "mobilenetv3_small_050", "mobilenetv4_conv_small", "lcnet_050",
+        "ghostnet_050", "repghostnet_050", "dla46_c", "res2net50_48w_2s", "legacy_seresnet18", "hgnetv2_b0",
+        "cs3darknet_focus_s", "repvgg_a0", "mobileone_s0", "selecsls42", "skresnet18", "resnest14d", "dpn48b",
+        "ese_vovnet19b_slim_dw",
     )),
 ]  # fmt: skip
 

@@ -129,7 +129,7 @@ def test_a_run_in_which_nothing_is_fused_fails(tmp_path, capsys):
     text = """
     import timm
     def test_forward():
-        assert timm.create_model("test_byobnet").eval()(torch.randn(1, 3, 64, 64)).shape[0] == 1
+        assert timm.create_model("test_vit").eval()(torch.randn(1, 3, 160, 160)).shape[0] == 1
     def test_built_alone():
         assert fused(timm.create_model("test_resnet"))
     """

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import coverage, cuda_kernels, info, kernels, peers, plot, tables, tune, verify
+from . import agree, coverage, cuda_kernels, info, kernels, peers, plot, tables, tune, verify
 from .implementations import IMPLEMENTATIONS, Implementation
 from .plan import Plan, plan
 from .run import run
@@ -50,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
     reach.add_argument("models", nargs="*", help="default: all of them")
     reach.add_argument("--library", choices=coverage.LIBRARIES, default="torchvision")
     reach.add_argument("--json", type=Path, metavar="PATH", help="results file")
+    same = commands.add_parser("agree", help="each model of a library fused, beside its eager twin; needs no GPU")
+    same.add_argument("models", nargs="*", help="default: all convolutional ones with BatchNorm")
+    same.add_argument("--library", choices=coverage.LIBRARIES, default="torchvision")
+    same.add_argument("--json", type=Path, metavar="PATH", help="results file, gone on with where it stops")
     theirs = commands.add_parser("peers", help="a library's own model tests on fused models; needs no GPU")
     theirs.add_argument("--library", choices=tuple(peers.FILES), required=True)
     theirs.add_argument("--json", type=Path, metavar="PATH", help="results file")
@@ -81,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if found.passed else 1
     if options.command == "peers":
         return peers.run(options.library, options.checkout, options.pytest, options.json, console)
+    if options.command == "agree":
+        return 0 if agree.show(options.library, options.models, options.json, console) else 1
     if options.command == "coverage":
         coverage.show(options.library, options.models, options.json, console)
     elif options.command == "kernels":

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .. import convert
 from ..testing.environment import environment
@@ -58,10 +59,18 @@ def build(library: str, name: str, meta: bool = True) -> tuple[nn.Module, tuple[
         if not meta:
             return _built(library, name)
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _WithRates():
                 return _built(library, name)
-        except RuntimeError:  # it looks at values to find its own sizes
+        except (RuntimeError, TypeError):  # it looks at other values to find its own sizes
             return _built(library, name)
+
+
+class _WithRates(TorchFunctionMode):
+    """torch.linspace has values: blocks' rates of stochastic depth are read from it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"device": "cpu"} if func is torch.linspace else kwargs))
 
 
 def _built(library: str, name: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -101,8 +110,11 @@ def row(name: str, model: nn.Module, size: tuple[int, ...]) -> Row:
     modules = dict(model.named_modules())
     owners = (fqn.rpartition(".")[0] if code == "no_plan" else fqn for fqn, code, _ in found.skipped)
     others = Counter(type(modules[fqn]).__name__ for fqn in owners)
-    family = type(model).__module__.rpartition(".")[2]
-    return Row(name, family, found.coverage, len(found.fused), list(size), dict(others.most_common(4)))
+    return Row(name, family(model), found.coverage, len(found.fused), list(size), dict(others.most_common(4)))
+
+
+def family(model: nn.Module) -> str:
+    return type(model).__module__.rpartition(".")[2]
 
 
 def show(library: str, chosen: Sequence[str], out: Path | None, console: Console) -> None:

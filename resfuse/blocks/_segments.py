@@ -1,7 +1,8 @@
 """Convolutions, BatchNorms and activations in a row, as modules, cut into what runs fused and what is called.
 
 A chain in one Function has activations between its convolutions. Where something else follows one (attention,
-anti-aliasing, nothing), the chain ends there, the module is called, and another chain begins.
+anti-aliasing, another activation, nothing), the chain ends there, the module is called, and another chain begins. A
+chain of one keeps as much as the modules where its activation is ReLU, and makes fewer passes over it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from .. import functional
 from ..kernels.interface import Activation, Reason
 from .mixin import conv_refusal, norm_refusal, pads_same, read_modules, wrapped
 
-ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "timm.layers.activations_me")
 FUSED = {  # what the kernels have, besides ReLU
     nn.LeakyReLU: "leaky_relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish",
 }  # fmt: skip
@@ -38,11 +38,6 @@ class Segment(NamedTuple):
     pairs: tuple[tuple[nn.Module, nn.Module, Activation | None], ...]
     ends: bool
     then: tuple[nn.Module, ...]
-
-    @property
-    def gains(self) -> bool:
-        """Whether less is kept than by the modules: of a lone convolution before ReLU it is as much."""
-        return len(self.pairs) > 1 or (self.ends and self.pairs[0][2] is not None)
 
 
 def step(conv: nn.Module, norm: nn.Module, *after: nn.Module | None) -> Step:
@@ -101,21 +96,12 @@ def refusal(block: nn.Module, steps: Iterable[Step]) -> Reason | None:
         reason = reason or norm_refusal(names.get(id(norm), "norm"), norm, acts=True)
         if reason is None and after and is_fused(after[0]):
             reason = wrapped(names.get(id(after[0]), "activation"), after[0])
-        if reason is None and after and is_other_activation(after[0]):
-            have = ", ".join(cls.__name__ for cls in (nn.ReLU, *FUSED))
-            text = f"{type(after[0]).__name__} follows {names.get(id(norm), 'a BatchNorm')}; the kernels have {have}"
-            reason = Reason("activation", text)
         if reason is None and id(norm) in norms:
             reason = Reason("shared_norm", "one BatchNorm serves two convolutions, and would be updated once")
         if reason is not None:
             return reason
         norms.add(id(norm))
     return None
-
-
-def is_other_activation(module: nn.Module) -> bool:
-    """An activation after which backward would want what the kernels do not keep."""
-    return type(module).__module__ in ACTIVATIONS and not is_fused(module)
 
 
 def bypassed(steps: Iterable[Step]) -> Iterator[nn.Module]:

@@ -1,113 +1,32 @@
-"""Blocks of other libraries, each described by the names of its parts: a table, and what it means.
+"""Blocks of other libraries, each described by the names of its parts: what that means.
 
     y = x;  for each convolution: y = its modules(act(bn(conv(y))))
     out = activation(drop_path(attention(y)) + shortcut(x))
 
-What the chain fuser cannot take into one Function (`_segments.py`) is called as a module between two chains. A lone
-convolution, BatchNorm and ReLU is no block: nothing would be kept less, and a vendor's convolution is as fast.
+What the chain fuser cannot take into one Function (`_segments.py`) is called as a module between two chains. The table
+is in `descriptions.py`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional import Pooled, Window
+from ..functional import Pooled
 from ..kernels.interface import Reason
 from . import _segments
+from ._drop_path import drops_rows, row_scale
+from ._pool import average_window, is_plain_average
 from ._segments import Segment, Step, does_nothing
-from .mixin import SOME, norm_kind, plain_refusal, wrapped
+from .descriptions import BLOCKS, BlockDescription
+from .mixin import SOME, norm_kind, original_name, plain_refusal, wrapped
 
 LISTS = False
 OWNS = SOME
-
-
-class Part(NamedTuple):
-    """A convolution: dotted names, inside the block, of it, of its BatchNorm, and of the modules called after that, in
-    order. What is absent, None or an Identity is left out; a convolution then with all that belongs to it."""
-
-    conv: str
-    norm: str
-    after: tuple[str, ...] = ()
-
-
-class BlockDescription(NamedTuple):
-    """A block by the names of its parts, whose forward is what this module's docstring says.
-
-    row: in the place of parts, a Sequential of them, in which others may lie, and what is called between them.
-    attention: modules on the last BatchNorm's output. shortcut: None where there is none; else a module on x, an
-    identity where that is None (or, with none_adds_nothing, nothing). skips: an attribute that says whether x is added,
-    in blocks without a module for it. activation: after the sum.
-    """
-
-    parts: tuple[Part, ...] = ()
-    attention: tuple[str, ...] = ()
-    drop_path: str | None = None
-    shortcut: str | None = None
-    none_adds_nothing: bool = False
-    skips: str | None = None
-    activation: str | None = None
-    row: str | None = None
-
-
-def wrapper(name: str, then: tuple[str, ...] = ()) -> Part:
-    """A timm ConvNormAct, the activation of which is inside its BatchNorm."""
-    return Part(f"{name}.conv", f"{name}.bn", (f"{name}.aa", *then))
-
-
-BLOCKS = {
-    "timm.models.resnet.BasicBlock": BlockDescription(
-        (Part("conv1", "bn1", ("drop_block", "act1", "aa")), Part("conv2", "bn2")),
-        ("se",), "drop_path", "downsample", activation="act2",
-    ),
-    "timm.models.resnet.Bottleneck": BlockDescription(
-        (Part("conv1", "bn1", ("act1",)), Part("conv2", "bn2", ("drop_block", "act2", "aa")), Part("conv3", "bn3")),
-        ("se",), "drop_path", "downsample", activation="act3",
-    ),
-    "timm.models.regnet.Bottleneck": BlockDescription(
-        (wrapper("conv1"), wrapper("conv2", then=("se",)), wrapper("conv3")),
-        (), "drop_path", "downsample", none_adds_nothing=True, activation="act3",
-    ),
-    "timm.models._efficientnet_blocks.EdgeResidual": BlockDescription(
-        (Part("conv_exp", "bn1", ("aa", "se")), Part("conv_pwl", "bn2")), (), "drop_path", skips="has_skip",
-    ),
-    "timm.models._efficientnet_blocks.InvertedResidual": BlockDescription(
-        (
-            Part("conv_s2d", "bn_s2d"), Part("conv_pw", "bn1"), Part("conv_dw", "bn2", ("aa", "se")),
-            Part("conv_pwl", "bn3"),
-        ),
-        (), "drop_path", skips="has_skip",
-    ),
-    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": BlockDescription(
-        (Part("conv_s2d", "bn_s2d"), Part("conv_dw", "bn1", ("aa", "se")), Part("conv_pw", "bn2")),
-        (), "drop_path", skips="has_skip",
-    ),
-    "timm.models._efficientnet_blocks.UniversalInvertedResidual": BlockDescription(
-        (
-            wrapper("dw_start"), wrapper("pw_exp"), wrapper("dw_mid", then=("se",)), wrapper("pw_proj"),
-            wrapper("dw_end"),
-        ),
-        ("layer_scale",), "drop_path", skips="has_skip",
-    ),
-    "torchvision.models.mobilenetv2.InvertedResidual": BlockDescription(row="conv", skips="use_res_connect"),
-    "torchvision.models.mobilenetv3.InvertedResidual": BlockDescription(row="block", skips="use_res_connect"),
-    "torchvision.models.efficientnet.MBConv": BlockDescription(
-        row="block", drop_path="stochastic_depth", skips="use_res_connect"
-    ),
-    "torchvision.models.efficientnet.FusedMBConv": BlockDescription(
-        row="block", drop_path="stochastic_depth", skips="use_res_connect"
-    ),
-    "torchvision.models.mnasnet._InvertedResidual": BlockDescription(row="layers", skips="apply_residual"),
-    "torchvision.models.regnet.ResBottleneckBlock": BlockDescription(
-        (Part("f.a.0", "f.a.1", ("f.a.2",)), Part("f.b.0", "f.b.1", ("f.b.2", "f.se")), Part("f.c.0", "f.c.1")),
-        shortcut="proj", activation="activation",
-    ),
-}  # fmt: skip
 ORIGINALS = tuple(BLOCKS)
-DROP_PATH = "timm.layers.drop", "DropPath"
+CALLED = nn.ReLU()  # stands for the one that a forward calls as a function
 
 
 class Found(NamedTuple):
@@ -134,7 +53,7 @@ def find(block: nn.Module, described: BlockDescription) -> Found:
     for part in described.parts:
         conv, after = named(block, part.conv), [named(block, name) for name in part.after]
         if not does_nothing(conv):
-            steps.append(_segments.step(conv, named(block, part.norm), *after))
+            steps.append(_segments.step(conv, named(block, part.norm), *[CALLED][: part.relu], *after))
         elif not all(map(does_nothing, after)):
             raise AttributeError(f"{part.conv} is left out, but not what follows it")
     drop_path = described.drop_path and named(block, described.drop_path)
@@ -173,16 +92,12 @@ def _shortcut(block: nn.Module, described: BlockDescription) -> Beside | nn.Modu
     if does_nothing(module):
         return None
     children = [child for child in module._modules.values() if not does_nothing(child)]
-    pool = children.pop(0) if len(children) == 3 and _is_plain_pool(children[0]) else None
+    pool = children.pop(0) if len(children) == 3 and is_plain_average(children[0]) else None
     if len(children) == 2 and not wrapped("shortcut", module):
         step = _segments.step(*children)
         if not step.after and _segments.refusal(module, [step]) is None and not _segments.pads_same(step.conv):
             return Beside(step, pool)
     return module
-
-
-def _is_plain_pool(module: nn.Module) -> bool:
-    return type(module) is nn.AvgPool2d and module.divisor_override is None and wrapped("pool", module) is None
 
 
 def named(block: nn.Module, name: str) -> nn.Module | None:
@@ -197,7 +112,7 @@ def named(block: nn.Module, name: str) -> nn.Module | None:
 
 def refusal(block: nn.Module) -> Reason | None:
     """Why the block, as it is now, must run its original forward."""
-    described = BLOCKS[_name(block)]
+    described = BLOCKS[original_name(block)]
     try:
         found = find(block, described)
     except AttributeError as error:
@@ -219,7 +134,7 @@ def refusal(block: nn.Module) -> Reason | None:
 
 
 def owned(block: nn.Module) -> list[nn.Module]:
-    described = BLOCKS[_name(block)]
+    described = BLOCKS[original_name(block)]
     found = find(block, described)
     inside = [*_segments.bypassed(found.steps), *_containers(block, described)]
     if isinstance(found.shortcut, Beside):
@@ -231,7 +146,7 @@ def owned(block: nn.Module) -> list[nn.Module]:
 
 def watched(block: nn.Module) -> list[nn.Module]:
     """Everything that `find` looks at."""
-    described = BLOCKS[_name(block)]
+    described = BLOCKS[original_name(block)]
     names = [name for part in described.parts for name in (part.conv, part.norm, *part.after)]
     names += [*described.attention, described.drop_path, described.shortcut, described.activation]
     found = [*_containers(block, described), *(named(block, name) for name in names if name is not None)]
@@ -241,11 +156,13 @@ def watched(block: nn.Module) -> list[nn.Module]:
     return [m for m in found if m is not None]
 
 
-def run(block: nn.Module, x: Tensor, backend: str) -> Tensor:
-    steps, attention, drop_path, shortcut, activation = find(block, BLOCKS[_name(block)])
+def run(block: nn.Module, x: Tensor, backend: str, given: Tensor | None = None, *_) -> Tensor:
+    """given: what is added in the place of x, in blocks with an identity for their shortcut."""
+    steps, attention, drop_path, shortcut, activation = find(block, BLOCKS[original_name(block)])
+    shortcut = shortcut if given is None else given
     *before, last = _segments.segments(steps)
     called = len(attention) + len(last.then) > 0
-    fits = not (called or last.ends or (drop_path is not None and not _drops_rows(drop_path)))
+    fits = not (called or last.ends or (drop_path is not None and not drops_rows(drop_path)))
     y = _segments.run(before, x, backend)
     if isinstance(shortcut, str) or not fits:
         y = _segments.run([last], y, backend)
@@ -257,56 +174,37 @@ def run(block: nn.Module, x: Tensor, backend: str) -> Tensor:
     y = _segments.padded(last.pairs[0][0], y)
     convs, relu = _segments.convs(last), type(activation) is nn.ReLU
     beside = _argument(shortcut, x) if y is x else _tensor(shortcut, x, backend)
-    row_scale = None if drop_path is None else _row_scale(drop_path, x, convs[-1])
-    out = functional.conv_bn_add_relu(y, *convs, shortcut=beside, relu=relu, row_scale=row_scale, backend=backend)
+    rows = None if drop_path is None else row_scale(drop_path, x, convs[-1].weight)
+    out = functional.conv_bn_add_relu(y, *convs, shortcut=beside, relu=relu, row_scale=rows, backend=backend)
     return out if relu or activation is None else activation(out)
 
 
 def forms(block: nn.Module) -> str:
-    found = find(block, BLOCKS[_name(block)])
+    found = find(block, BLOCKS[original_name(block)])
     parts = _segments.segments(found.steps)
     texts = [f"{len(part.pairs)} convolution{'s'[: len(part.pairs) > 1]}" for part in parts]
     called = [type(m).__name__ for part in parts for m in part.then] + [type(m).__name__ for m in found.attention]
     return " + ".join(texts) + (f"; called: {', '.join(dict.fromkeys(called))}" if called else "")
 
 
-def _argument(shortcut: Beside | nn.Module | None, x: Tensor):
+def _argument(shortcut: Beside | nn.Module | Tensor | None, x: Tensor):
     """What `functional` takes for it."""
     if not isinstance(shortcut, Beside):
-        return shortcut if shortcut is None else shortcut(x)
+        return shortcut if shortcut is None or isinstance(shortcut, Tensor) else shortcut(x)
     conv = _segments.read_modules(shortcut.step.conv, shortcut.step.norm)
     if shortcut.pool is None:
         return conv
-    pool = shortcut.pool
-    pairs = (v if isinstance(v, tuple) else (v, v) for v in (pool.kernel_size, pool.stride, pool.padding))
-    return Pooled(conv, Window(*pairs, ceil_mode=pool.ceil_mode), pool.count_include_pad)
+    return Pooled(conv, average_window(shortcut.pool), shortcut.pool.count_include_pad)
 
 
-def _tensor(shortcut: Beside | nn.Module | None, x: Tensor, backend: str) -> Tensor:
+def _tensor(shortcut: Beside | nn.Module | Tensor | None, x: Tensor, backend: str) -> Tensor:
     """The shortcut's output."""
-    if shortcut is None:
-        return x
+    if shortcut is None or isinstance(shortcut, Tensor):
+        return x if shortcut is None else shortcut
     if not isinstance(shortcut, Beside):
         return shortcut(x)
     source = x if shortcut.pool is None else shortcut.pool(x)
     return _segments.chain(Segment(((*shortcut.step[:2], None),), False, ()), source, backend)
-
-
-def _drops_rows(module: nn.Module) -> bool:
-    return (type(module).__module__, type(module).__qualname__) == DROP_PATH and wrapped("drop_path", module) is None
-
-
-def _row_scale(drop_path: nn.Module, x: Tensor, last: functional.ConvBN) -> Tensor | None:
-    """What timm's DropPath would multiply each sample by, drawn as there."""
-    if drop_path.drop_prob == 0 or not drop_path.training:
-        return None
-    keep = 1 - drop_path.drop_prob
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else last.weight.dtype
-    drawn = torch.empty((len(x), 1, 1, 1), dtype=dtype, device=x.device).bernoulli_(keep)
-    if keep > 0 and drop_path.scale_by_keep:
-        drawn.div_(keep)
-    return drawn.flatten()
 
 
 def _containers(block: nn.Module, described: BlockDescription) -> list[nn.Module]:
@@ -319,8 +217,3 @@ def _containers(block: nn.Module, described: BlockDescription) -> list[nn.Module
         row = named(block, described.row)
         found += [row, *(m for m in row.modules() if _segments.is_container(m) and m is not row)]
     return found
-
-
-def _name(block: nn.Module) -> str:
-    cls = type(block).__dict__.get("original", type(block))
-    return f"{cls.__module__}.{cls.__qualname__}"

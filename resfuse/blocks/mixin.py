@@ -28,6 +28,7 @@ SAME = "timm.layers.conv2d_same", "Conv2dSame"  # pads by what its input's size 
 WITH_ACTIVATION = {  # inside them, as children; nothing else of theirs differs
     ("timm.layers.norm_act", "BatchNormAct2d"): "batch", ("timm.layers.norm_act", "SyncBatchNormAct"): "sync",
 }  # fmt: skip
+GIVEN_SHORTCUT = tuple(f"timm.models.dla.{name}" for name in ("DlaBasic", "DlaBottleneck", "DlaBottle2neck"))
 SOME = "some"
 PLAIN = (nn.Parameter, torch.Tensor, type(None))  # subclasses may do more
 tracing_state, functorch_level = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
@@ -80,7 +81,8 @@ class Pair(NamedTuple):
 
 
 class FusedMixin:
-    """Put before a block's class by `fused_class`. A subclass names its plan: what to check and what to run."""
+    """Put before a block's class by `fused_class`, in one of the forms below. Their subclasses name a plan: what to
+    check and what to run."""
 
     plan = None
 
@@ -91,20 +93,20 @@ class FusedMixin:
             state = self.__dict__["_resfuse_state"] = State()
         return state
 
-    def forward(self, x):  # torch.fx would carry an annotation into its programs as a string, unknown to torch.jit
+    def _run(self, original, x, *others):
         if torch.compiler.is_compiling():
             if self._in_graph():
-                return self.plan.run(self, x, self.resfuse_state.backend)
-            return super().forward(x)
+                return self.plan.run(self, x, self.resfuse_state.backend, *others)
+            return original(x, *others)
         reason = self._refusal(x)
         if reason is None:
             try:
-                return self.plan.run(self, x, self.resfuse_state.backend)
+                return self.plan.run(self, x, self.resfuse_state.backend, *others)
             except ArgumentError as error:
                 reason = Reason("argument", str(error))
         if reason.code != "disabled":
             self.resfuse_state.count(reason)
-        return super().forward(x)
+        return original(x, *others)
 
     def _refusal(self, x) -> Reason | None:
         """Why this call must run the original forward."""
@@ -141,6 +143,25 @@ class FusedMixin:
         if original is type(self):  # a user's subclass of a fused class pickles as any class
             return super().__reduce_ex__(protocol)
         return _new_fused, (original, self.plan.__name__), self.__dict__.copy()
+
+
+class Forward(FusedMixin):
+    def forward(self, x):  # torch.fx would carry an annotation into its programs as a string, unknown to torch.jit
+        return self._run(super().forward, x)
+
+
+class ForwardGivenShortcut(FusedMixin):
+    """Of blocks that may be given what they add in the place of x: timm's DLA."""
+
+    def forward(self, x, shortcut=None, children=None):
+        return self._run(super().forward, x, shortcut, children)
+
+
+class ForwardFeatures(FusedMixin):
+    """Of timm's networks, whose forward calls it."""
+
+    def forward_features(self, x):
+        return self._run(super().forward_features, x)
 
 
 def owned(plan: ModuleType, block: nn.Module) -> list[nn.Module]:
@@ -301,7 +322,10 @@ def qualified_name(cls: type) -> str:
 def fused_class(cls: type, plan) -> type:
     """The fused subclass of a block's class; the plan's module offers it under the class's own name."""
     namespace = {"plan": plan, "original": cls, "__module__": plan.__name__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (FusedMixin, cls), namespace)
+    mixin = ForwardGivenShortcut if qualified_name(cls) in GIVEN_SHORTCUT else Forward
+    if getattr(plan, "METHOD", "forward") == "forward_features":
+        mixin = ForwardFeatures
+    return type(cls.__name__, (mixin, cls), namespace)
 
 
 def export(name: str, plan: str, originals: tuple[str, ...]) -> type:
@@ -316,6 +340,12 @@ def export(name: str, plan: str, originals: tuple[str, ...]) -> type:
 def original_class(cls: type) -> type:
     """The class that `fused_class` was given; any other class is its own."""
     return cls.__dict__["original"] if "original" in cls.__dict__ and issubclass(cls, FusedMixin) else cls
+
+
+def original_name(block: nn.Module) -> str:
+    """The qualified name of a block's class, or of the one that its fused class was made from."""
+    cls = type(block).__dict__.get("original", type(block))
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _new_fused(cls: type, plan: str) -> nn.Module:

@@ -9,6 +9,7 @@ A plan is a module of this package with
     run(block, x, backend)  the fused forward
     forms(block)            what `explain` says of it
     applies(block)          where not every block of the classes is meant: whether this one is
+    METHOD                  "forward_features" where that is what is replaced
 and, where a class has a name of its own, as attributes of the originals' names, the fused classes.
 """
 
@@ -18,19 +19,34 @@ from types import ModuleType
 
 from torch import nn
 
-from . import bn_relu, chain, conv_bn_relu, dense_layer, described, residual_block, resnet, sequential, stem, transition
+from . import (
+    bn_relu,
+    bottle2neck,
+    chain,
+    conv_bn_relu,
+    described,
+    dla_root,
+    features,
+    preactivated,
+    residual_block,
+    resnet,
+    sequential,
+    stem,
+)  # fmt: skip
+from .descriptions import BlockDescription, Part
 from .mixin import qualified_name
 
 PLANS: dict[str, ModuleType] = {
     original: plan
     for plan in (
-        bn_relu, chain, conv_bn_relu, dense_layer, described, residual_block, resnet, sequential, stem, transition,
+        bn_relu, bottle2neck, chain, conv_bn_relu, described, dla_root, features, preactivated, residual_block, resnet,
+        sequential, stem,
     )
     for original in plan.ORIGINALS
 }
 
 
-def register_block(block: type[nn.Module] | str, description: described.BlockDescription) -> None:
+def register_block(block: type[nn.Module] | str, description: BlockDescription) -> None:
     """Give a class of blocks a fused form: `fuse` knows it from then on.
 
     block: the class, or its qualified name, for which nothing is imported; exactly this class is meant, not subclasses.
@@ -38,10 +54,10 @@ def register_block(block: type[nn.Module] | str, description: described.BlockDes
     """
     if not (isinstance(block, str) or (isinstance(block, type) and issubclass(block, nn.Module))):
         raise TypeError(f"block must be a class of torch.nn.Module or its qualified name, got {block!r}")
-    if not isinstance(description, described.BlockDescription):
+    if not isinstance(description, BlockDescription):
         raise TypeError(f"description must be a resfuse.BlockDescription, got {type(description).__name__}")
     parts = description.parts
-    if not (parts or description.row) or not all(isinstance(part, described.Part) for part in parts):
+    if not (parts or description.row) or not all(isinstance(part, Part) for part in parts):
         raise TypeError("description.parts must be one resfuse.Part or more, or description.row a name")
     name = block if isinstance(block, str) else qualified_name(block)
     if PLANS.get(name, described) is not described or described.BLOCKS.get(name, description) != description:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..kernels.interface import Reason
 from . import _segments
-from ._segments import Step, is_other_activation
+from ._segments import Step
 from .mixin import SOME, norm_kind
 
 ORIGINALS = _segments.CONTAINERS
@@ -35,16 +35,12 @@ def _step(children: list[nn.Module]) -> Step | None:
     or none."""
     if len(children) < 2 or not isinstance(children[0], nn.Conv2d) or norm_kind(type(children[1])) is None:
         return None
-    after = children[2:3]
-    step = _segments.step(*children[:2], *filter(_segments.is_fused, after))
-    others = [m for m in (*after, *step.after) if is_other_activation(m)]
-    return None if others else step
+    return _segments.step(*children[:2], *filter(_segments.is_fused, children[2:3]))
 
 
 def applies(block: nn.Sequential) -> bool:
-    """Whether anything is to be gained."""
-    rows = (part for part in find(block) if isinstance(part, list))
-    return any(segment.gains for row in rows for segment in _segments.segments(row))
+    """Whether there is anything to fuse."""
+    return any(isinstance(part, list) for part in find(block))
 
 
 def refusal(block: nn.Sequential) -> Reason | None:

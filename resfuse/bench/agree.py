@@ -1,0 +1,108 @@
+"""`python -m resfuse agree`: every convolutional model of a library with BatchNorm, fused, beside its eager twin."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+from ..testing.environment import environment
+from .agreement import Agreement, agreement
+from .coverage import build, counts, family, names
+from .results import write_json
+
+log = logging.getLogger("resfuse")
+BATCH, SIDE = 2, 64  # the latter where the model takes it, else its own
+TOLERANCE = 1e-7  # of the largest relative difference, in float64
+LARGEST = 200_000_000  # parameters; with gradients and a twin they take 32 bytes each
+
+
+@dataclass(frozen=True)
+class Row:
+    """agreement: None where the model is not run, and `reason` says why; input_size as it was run."""
+
+    model: str
+    family: str
+    parameters: int
+    input_size: list[int]
+    seconds: float
+    agreement: dict | None
+    reason: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        found = self.agreement and Agreement(**self.agreement)
+        return bool(found) and found.worst < TOLERANCE and not found.fallbacks
+
+
+def rows(library: str, chosen: Sequence[str]) -> Iterator[Row]:
+    for name in track(chosen, description=library, transient=True):
+        try:
+            model, size = build(library, name)
+        except Exception as error:  # the library's own, or what it wants installed
+            log.warning("%s cannot be built: %s", name, error)
+            continue
+        if counts(model):
+            yield row(library, name, model, size)
+
+
+def row(library: str, name: str, model: nn.Module, size: tuple[int, ...]) -> Row:
+    start, parameters = time.monotonic(), sum(p.numel() for p in model.parameters())
+    found, reason, taken = None, "", [BATCH, *size[1:]]
+    if parameters > LARGEST:
+        reason = f"more than {LARGEST:,} parameters"
+    else:
+        torch.manual_seed(0)
+        model = build(library, name, meta=False)[0]
+        taken = _size(model, size)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = asdict(agreement(model, taken))
+        except Exception as error:  # which is what this is to find
+            reason = f"{type(error).__name__}: {error}"
+    return Row(name, family(model), parameters, list(taken), round(time.monotonic() - start, 1), found, reason)
+
+
+def _size(model: nn.Module, own: tuple[int, ...]) -> tuple[int, ...]:
+    small = (BATCH, own[1], SIDE, SIDE)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(small))
+        return small
+    except Exception:  # some have a fixed size
+        return (BATCH, *own[1:])
+
+
+def show(library: str, chosen: Sequence[str], out: Path | None, console: Console) -> bool:
+    """Whether all that were run agree. A results file is added to: what it has is not run again."""
+    found = load(out) if out is not None and out.exists() else []
+    known = {each.model for each in found}
+    for each in rows(library, [name for name in chosen or names(library) if name not in known]):
+        found.append(each)
+        if out is not None:
+            command = f"python -m resfuse agree --library {library} --json {out}"
+            content = {"command": command, "environment": environment("cpu"), "library": library}
+            write_json(out, {**content, "models": [asdict(row) for row in found]})
+        if not each.agrees:
+            console.print(f"{each.model}: {each.reason or each.agreement}", highlight=False)
+    console.print(summary(found), highlight=False)
+    return all(each.agrees for each in found if each.agreement or "parameters" not in each.reason)
+
+
+def summary(found: Sequence[Row]) -> str:
+    agree, large = sum(each.agrees for each in found), sum("parameters" in each.reason for each in found)
+    return f"{len(found)} models: {agree} agree, {large} too large to run, {len(found) - agree - large} do not agree"
+
+
+def load(path: Path) -> list[Row]:
+    return [Row(**each) for each in json.loads(path.read_text())["models"]]
