@@ -1,10 +1,11 @@
-"""`python -m resfuse coverage`: shares of models whose answer is known, without a weight being made."""
+"""`python -m resfuse coverage`: shares of models whose answer is known, without a weight being made. `agree`: a model
+beside its eager twin."""
 
 import json
 
 from rich.console import Console
 
-from resfuse.bench import coverage
+from resfuse.bench import agree, coverage
 
 
 def test_shares_of_known_models(tmp_path, capsys):
@@ -27,3 +28,20 @@ def test_a_model_that_looks_at_values_is_built_with_them():
     model, size = coverage.build("torchvision", "regnet_x_400mf")
     assert not any(p.is_meta for p in model.parameters()) and size == (1, 3, 224, 224)
     assert all(p.is_meta for p in coverage.build("torchvision", "resnet18")[0].parameters())
+
+
+def test_models_are_run_once_beside_their_twins(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "agree.json"
+    assert agree.show("torchvision", ["alexnet", "mnasnet0_5"], path, Console(width=100))
+    (row,) = agree.load(path)
+    assert row.model == "mnasnet0_5" and row.agrees and row.input_size == [2, 3, 64, 64] and row.parameters == 2218512
+    monkeypatch.setattr(agree, "LARGEST", 1e6)
+    assert agree.show("torchvision", ["mnasnet0_5", "mobilenet_v3_small"], path, Console(width=100))
+    assert agree.load(path)[0] == row, "it is not run again"
+    assert "2 models: 1 agree, 1 too large to run, 0 do not agree" in capsys.readouterr().out
+
+
+def test_a_model_that_differs_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(agree, "TOLERANCE", 0.0)
+    assert not agree.show("torchvision", ["mnasnet0_5"], None, Console(width=100))
+    assert "mnasnet0_5: {" in capsys.readouterr().out

@@ -24,6 +24,7 @@ log = logging.getLogger("resfuse")
 BATCH, SIDE = 2, 64  # the latter where the model takes it, else its own
 TOLERANCE = 1e-7  # of the largest relative difference, in float64
 LARGEST = 200_000_000  # parameters; with gradients and a twin they take 32 bytes each
+TOO_LARGE = "too large"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def row(library: str, name: str, model: nn.Module, size: tuple[int, ...]) -> Row
     start, parameters = time.monotonic(), sum(p.numel() for p in model.parameters())
     found, reason, taken = None, "", [BATCH, *size[1:]]
     if parameters > LARGEST:
-        reason = f"more than {LARGEST:,} parameters"
+        reason = TOO_LARGE
     else:
         torch.manual_seed(0)
         model = build(library, name, meta=False)[0]
@@ -96,11 +97,11 @@ def show(library: str, chosen: Sequence[str], out: Path | None, console: Console
         if not each.agrees:
             console.print(f"{each.model}: {each.reason or each.agreement}", highlight=False)
     console.print(summary(found), highlight=False)
-    return all(each.agrees for each in found if each.agreement or "parameters" not in each.reason)
+    return all(each.agrees for each in found if each.reason != TOO_LARGE)
 
 
 def summary(found: Sequence[Row]) -> str:
-    agree, large = sum(each.agrees for each in found), sum("parameters" in each.reason for each in found)
+    agree, large = sum(each.agrees for each in found), sum(each.reason == TOO_LARGE for each in found)
     return f"{len(found)} models: {agree} agree, {large} too large to run, {len(found) - agree - large} do not agree"
 
 
