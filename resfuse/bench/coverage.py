@@ -26,6 +26,7 @@ from .results import write_json
 
 log = logging.getLogger("resfuse")
 LIBRARIES = ("torchvision", "timm")
+INITIALISERS = {getattr(torch.Tensor, f"{name}_") for name in "normal uniform erfinv mul add clamp fill zero".split()}
 ENOUGH = 0.9  # of a model's convolution multiply-adds
 
 
@@ -59,17 +60,20 @@ def build(library: str, name: str, meta: bool = True) -> tuple[nn.Module, tuple[
         if not meta:
             return _built(library, name)
         try:
-            with torch.device("meta"), _WithRates():
+            with torch.device("meta"), _WithoutValues():
                 return _built(library, name)
         except (RuntimeError, TypeError):  # it looks at other values to find its own sizes
             return _built(library, name)
 
 
-class _WithRates(TorchFunctionMode):
-    """torch.linspace has values: blocks' rates of stochastic depth are read from it."""
+class _WithoutValues(TorchFunctionMode):
+    """Initialisers do nothing, which on the meta device takes them most of the time; torch.linspace has values: blocks'
+    rates of stochastic depth are read from it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func in INITIALISERS and args[0].is_meta:
+            return args[0]
         return func(*args, **(kwargs | {"device": "cpu"} if func is torch.linspace else kwargs))
 
 
