@@ -108,7 +108,7 @@ def test_models_of_timm_are_fused_and_their_tests_pass(tmp_path):
     assert outcomes.pop("test_model_forward_fx[1-resnet]") == "xfailed", "it is known to fail after a fused call"
     assert outcomes.pop("test_model_forward_fx[1-none]") == "failed" and code == 1, "without one it is not"
     assert set(outcomes.values()) == {"passed"} and len(outcomes) == 7
-    assert tests["test_step[resnet18]"]["counts"] == {"models": 1, "fused_models": 1, "blocks": 8, "fused_calls": 16}
+    assert tests["test_step[resnet18]"]["counts"] == {"models": 1, "fused_models": 1, "blocks": 9, "fused_calls": 18}
     assert tests["test_by_any_name"]["counts"]["fused_models"] == 2
     assert timm.create_model is builder and torch.jit.script is script, "as before"
 

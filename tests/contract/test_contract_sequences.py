@@ -204,7 +204,8 @@ class Twins(RuleBasedStateMachine):
         before = fallbacks(ours)
         results = [self.call(model, **inputs) for model in self.models]
         assert fallbacks(ours) - before == sum(hooked)
-        self.compare(*results, tolerances=(0, 0) if all(hooked) else TOLERANCES[self.dtype])
+        inside = any(is_fused(module) for block in ours for module in block.modules() if module is not block)
+        self.compare(*results, tolerances=(0, 0) if all(hooked) and not inside else TOLERANCES[self.dtype])
 
     def call(self, model, shape, seed, layout) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
