@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import agree, coverage, cuda_kernels, info, kernels, peers, plot, tables, tune, verify
+from ..testing.roofline.ceilings import SHEETS
+from . import agree, coverage, cuda_kernels, info, kernels, peers, plot, roofline, tables, tune, verify
 from .implementations import IMPLEMENTATIONS, Implementation
 from .plan import Plan, plan
 from .run import run
@@ -63,6 +64,15 @@ def parser() -> argparse.ArgumentParser:
     tuning.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     tuning.add_argument("--batch", type=int, default=256)
     tuning.add_argument("--seconds", type=_positive, default=1.0, help="for each comparison of tiles (default: 1)")
+    floors = commands.add_parser("roofline", help="bytes, operations and floors of a model's step; needs no GPU")
+    floors.add_argument("--model", default="resnet50", help="of torchvision or timm (default: resnet50)")
+    floors.add_argument("--batch", type=int, default=256)
+    floors.add_argument("--pixels", type=int, default=224)
+    floors.add_argument("--dtype", choices=roofline.DTYPES, default="bf16", help="autocast's, or fp32 (default: bf16)")
+    floors.add_argument("--device", choices=SHEETS, default="h200", help="whose data sheet is taken (default: h200)")
+    floors.add_argument("--ceilings", type=Path, metavar="PATH", help="results file of a device, in place of a sheet")
+    floors.add_argument("--json", type=Path, metavar="PATH", help="results file")
+    floors.add_argument("--png", type=Path, metavar="PATH", help="figure")
     for command in (bench, training, facts, tuning):
         command.add_argument(
             "--device", type=torch.device, default=_default_device(), help="default: cuda if there is one"
@@ -83,11 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify.show(found, console)
         verify.write(found, options.json, options.png)
         return 0 if found.passed else 1
-    if options.command == "peers":
-        return peers.run(options.library, options.checkout, options.pytest, options.json, console)
     if options.command == "agree":
         return 0 if agree.show(options.library, options.models, options.json, console) else 1
-    if options.command == "coverage":
+    if options.command == "peers":
+        return peers.run(options.library, options.checkout, options.pytest, options.json, console)
+    if options.command == "roofline":
+        roofline.run(
+            options.model, options.batch, options.pixels, options.dtype, options.device, options.ceilings,
+            options.json, options.png, console,
+        )
+    elif options.command == "coverage":
         coverage.show(options.library, options.models, options.json, console)
     elif options.command == "kernels":
         kernels.show(options.arch, getattr(torch, options.dtype), console)
