@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from resfuse.bench import coverage
+from resfuse.bench import coverage, roofline
 
 ROOT = Path(__file__).parents[1]
 
@@ -94,6 +94,17 @@ def test_the_table_of_peers_is_what_their_results_files_give(library):
     row = f"| {library} {results['version']} | {outcomes} | {results['fused_tests']} | `{name}` |"
     assert row in (ROOT / "docs" / "models.md").read_text()
     assert all(test["without"] for test in results["failed"].values())
+
+
+def test_the_tables_of_the_roofline_are_what_their_results_file_gives():
+    text = (ROOT / "docs" / "roofline.md").read_text()
+    results, gpu = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("roofline", "h100"))
+    for table in (roofline.totals_table, roofline.primitives_table):
+        assert "\n".join(roofline.markdown(table(results))) in text
+    shares = [results["totals"][n]["floor_ms"] / gpu["resnet50"][n]["device_ms"] for n in ("eager", "resfuse")]
+    assert "eager's floor is {:.0%} of it,\nours {:.0%}.".format(*shares) in text
+    assert results["command"].split(" --json")[0] in text and results["ceilings"]["source"] in text
+    assert "+dirty" not in results["environment"]["commit"]
 
 
 def test_the_figure_exists_and_is_named():

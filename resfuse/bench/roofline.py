@@ -110,7 +110,7 @@ def show(content: dict, console: Console) -> None:
 def totals_table(content: dict) -> list[list[str]]:
     """Rows of cells, the first its head. Shares are of eager's floor."""
     eager = content["totals"][EAGER]["floor_ms"]
-    rows = [["", "kernels", "GB", "TFLOP", "floor, ms", "of eager's", "forward, ms", "backward, ms"]]
+    rows = [["", "calls", "GB", "TFLOP", "floor, ms", "of eager's", "forward, ms", "backward, ms"]]
     for name, t in content["totals"].items():
         phases = (f"{content['phases'][name][phase]['floor_ms']:.2f}" for phase in ("forward", "backward"))
         rows.append([name, str(t["calls"]), f"{t['gigabytes']:.1f}", f"{t['teraflop']:.2f}", f"{t['floor_ms']:.2f}",
