@@ -22,7 +22,8 @@ FAST := not gpu and not slow
 OUT ?= gpu-results
 PARTS ?= env,ceilings,tests,primitives,blocks,resnet50,evaluation
 
-.PHONY: help build test test-all test-range test-torch-min test-torch-max sanitize bench verify gpu lint wheel clean
+.PHONY: help build test test-all test-range test-torch-min test-torch-max sanitize bench verify profile gpu lint wheel \
+  clean
 
 help:
 	@echo 'make test        tests that need no GPU and are not slow'
@@ -31,6 +32,7 @@ help:
 	@echo 'make sanitize    the C++ kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make bench       correctness gate, then time and memory; FULL=1 for every case, BENCH_ARGS=... for options'
 	@echo 'make verify      train a small network, eager and fused from the same start'
+	@echo 'make profile     a steady window of ResNet-50 steps under nsys, with its reports; PROFILE_ARGS=... OUT=folder'
 	@echo 'make gpu         everything that needs a GPU; OUT=folder PARTS=$(PARTS)'
 	@echo 'make lint, make wheel, make build, make clean'
 	@echo 'PYTHON=/path/to/python uses an existing environment and no network.'
@@ -109,6 +111,19 @@ bench: build
 
 verify: build
 	@$(PY) -m resfuse verify
+
+NSYS_REPORTS := nvtx_gpu_proj_sum,cuda_gpu_kern_sum,cuda_gpu_mem_time_sum
+PROFILE_ARGS ?= --mode autocast-bfloat16 --batch 256 --steps 5
+
+profile: build
+	@command -v nsys >/dev/null || { \
+	  echo "make profile needs nsys on PATH (NVIDIA Nsight Systems); python -m resfuse profile does without." >&2; \
+	  exit 1; }
+	@mkdir -p $(OUT)
+	@nsys profile --force-overwrite=true --trace=cuda,nvtx,cudnn,cublas --capture-range=cudaProfilerApi \
+	  --capture-range-end=stop --output=$(OUT)/step $(PY) -m resfuse profile --capture $(PROFILE_ARGS)
+	@nsys stats --force-export=true --report $(NSYS_REPORTS) $(OUT)/step.nsys-rep
+	@nsys stats --report $(NSYS_REPORTS) --format csv --output $(OUT)/step $(OUT)/step.nsys-rep
 
 gpu: build
 	@PYTHONPATH=$(CURDIR) $(PY) benchmarks/gpu.py --out $(OUT) --parts $(PARTS)

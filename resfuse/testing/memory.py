@@ -59,13 +59,13 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
     with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         call()
     held = peak = 0
-    for _, change in sorted(_memory_events(profile)):
+    for _, change in sorted(memory_events(profile)):
         held += change
         peak = max(peak, held)
     return peak
 
 
-def _memory_events(profile: torch.profiler.profile) -> list[tuple[float, int]]:
+def memory_events(profile: torch.profiler.profile) -> list[tuple[float, int]]:
     """(time, bytes allocated or, negative, released) of each CPU memory event, from the trace that torch exports."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
