@@ -22,7 +22,7 @@ FAST := not gpu and not slow
 OUT ?= gpu-results
 PARTS ?= env,ceilings,tests,primitives,blocks,resnet50,evaluation
 
-.PHONY: help build test test-all test-range test-torch-min test-torch-max sanitize bench verify profile gpu lint wheel \
+.PHONY: help build test test-all test-range test-torch-min test-torch-max sanitize bench suites verify profile gpu lint wheel \
   clean
 
 help:
@@ -31,6 +31,8 @@ help:
 	@echo 'make test-range  the tests with the oldest and the newest torch declared'
 	@echo 'make sanitize    the C++ kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make bench       correctness gate, then time and memory; FULL=1 for every case, BENCH_ARGS=... for options'
+	@echo 'make bench COMPARE=REVISION   this tree and another revision, step by step in turn'
+	@echo 'make suites      primitives, blocks and networks under pytest-benchmark; FULL=1 for all of them'
 	@echo 'make verify      train a small network, eager and fused from the same start'
 	@echo 'make profile     a steady window of ResNet-50 steps under nsys, with its reports; PROFILE_ARGS=... OUT=folder'
 	@echo 'make gpu         everything that needs a GPU; OUT=folder PARTS=$(PARTS)'
@@ -107,7 +109,15 @@ sanitize: $(READY)
 # No speed is measured unless the gate passes.
 bench: build
 	@$(PYTEST) -m 'gate and not gpu'
+ifdef COMPARE
+	@$(PY) -m benchmarks.compare $(COMPARE) $(BENCH_ARGS)
+else
 	@$(PY) -m resfuse bench $(if $(FULL),--full) $(BENCH_ARGS)
+endif
+
+suites: build
+	@$(PY) -m pytest benchmarks -q -p no:cacheprovider --benchmark-only $(if $(FULL),--full) \
+	  --benchmark-group-by=group --benchmark-columns=median,iqr,rounds $(BENCH_ARGS)
 
 verify: build
 	@$(PY) -m resfuse verify
