@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from resfuse.bench import coverage, roofline
+from resfuse.bench import coverage, profile, roofline
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,6 +105,16 @@ def test_the_tables_of_the_roofline_are_what_their_results_file_gives():
     assert "eager's floor is {:.0%} of it,\nours {:.0%}.".format(*shares) in text
     assert results["command"].split(" --json")[0] in text and results["ceilings"]["source"] in text
     assert "+dirty" not in results["environment"]["commit"]
+
+
+def test_the_report_that_profiling_reads_is_in_its_results_file():
+    text = (ROOT / "docs" / "profiling.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "profile.json").read_text())
+    for name, kind, count, only in (
+        ("eager", "kernels", 9, ""), ("resfuse", "kernels", 11, ""), ("resfuse", "ranges", 9, "resfuse."),
+    ):  # fmt: skip
+        assert "\n".join(profile.table(results, name, kind, count, only)) in text
+    assert results["command"] in text and "+dirty" not in results["environment"]["commit"]
 
 
 def test_the_figure_exists_and_is_named():

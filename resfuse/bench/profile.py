@@ -182,7 +182,8 @@ def rows_of(found: dict, kind: str) -> list[list[str]]:
 
 
 def table(content: dict, name: str, kind: str, count: int = SHOWN, only: str = "") -> list[str]:
-    """Lines of Markdown, as docs/profiling.md has them. only: what names begin with."""
+    """Lines of Markdown, as docs/profiling.md has them, without times: a profiler's are no benchmark. only: what names
+    begin with."""
     rows = [row for row in rows_of(content["implementations"][name], kind) if row[0].startswith(only)]
-    lines = [f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in rows[:count]]
-    return [f"| {name} | calls | ms | of the step |", "|---|---|---|---|", *lines]
+    lines = [f"| `{label}` | {calls} | {share} |" for label, calls, _, share in rows[:count]]
+    return [f"| {name} | calls a step | of the step |", "|---|---|---|", *lines]
