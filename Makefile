@@ -22,7 +22,7 @@ FAST := not gpu and not slow
 OUT ?= gpu-results
 PARTS ?= env,ceilings,tests,primitives,blocks,resnet50,evaluation
 
-.PHONY: help build test test-all test-range test-torch-min test-torch-max sanitize bench suites verify profile gpu lint wheel \
+.PHONY: help build test test-all test-range test-torch-min test-torch-max sanitize bench suites results verify profile gpu lint wheel \
   clean
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo 'make sanitize    the C++ kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make bench       correctness gate, then time and memory; FULL=1 for every case, BENCH_ARGS=... for options'
 	@echo 'make bench COMPARE=REVISION   this tree and another revision, step by step in turn'
+	@echo 'make results     all of the above and more into OUT=folder: hours'
 	@echo 'make suites      primitives, blocks and networks under pytest-benchmark; FULL=1 for all of them'
 	@echo 'make verify      train a small network, eager and fused from the same start'
 	@echo 'make profile     a steady window of ResNet-50 steps under nsys, with its reports; PROFILE_ARGS=... OUT=folder'
@@ -118,6 +119,19 @@ endif
 suites: build
 	@$(PY) -m pytest benchmarks -q -p no:cacheprovider --benchmark-only $(if $(FULL),--full) \
 	  --benchmark-group-by=group --benchmark-columns=median,iqr,rounds $(BENCH_ARGS)
+
+# Everything that this machine can say; what a GPU alone can say besides is make gpu's.
+results: build
+	@$(PYTEST) -m 'gate and not gpu'
+	@mkdir -p $(OUT)
+	@$(PY) -m resfuse bench --full --json $(OUT)/bench.json --png $(OUT)/bench.png
+	@$(PY) -m benchmarks.peers --out $(OUT)/peers.json
+	@$(PY) -m benchmarks.families --out $(OUT)/families.json
+	@$(PY) -m benchmarks.memory --out $(OUT)/memory.json
+	@$(PY) -m benchmarks.convergence --out $(OUT)/convergence.json
+	@$(PY) -m resfuse profile --out $(OUT)/profile
+	@$(PY) -m resfuse roofline --json $(OUT)/roofline.json --png $(OUT)/roofline.png
+	@$(MAKE) suites BENCH_ARGS=--benchmark-json=$(OUT)/suites.json
 
 verify: build
 	@$(PY) -m resfuse verify

@@ -79,8 +79,8 @@ def verify(
         model = fuse(copy.deepcopy(start))
         fused.append(_train(model, data, seed, steps, autocast))
         fused_accuracy.append(_accuracy(model, data))
-    distance = max(_distance(a, b) for a, b in zip(eager, fused, strict=True))
-    spread = median(_distance(a, b) for a, b in combinations(eager, 2))
+    distance = max(curve_distance(a, b) for a, b in zip(eager, fused, strict=True))
+    spread = median(curve_distance(a, b) for a, b in combinations(eager, 2))
     return Verification(
         str(device), steps, seeds, eager, fused, eager_accuracy, fused_accuracy, distance, spread, *max(kappas),
         time.perf_counter() - began,
@@ -165,7 +165,7 @@ def _accuracy(model: nn.Module, data: list[Tensor]) -> float:
     return right.float().mean().item()
 
 
-def _distance(a: list[float], b: list[float]) -> float:
+def curve_distance(a: list[float], b: list[float]) -> float:
     """Root mean square of the difference of the logarithms of two curves, each averaged over WINDOW steps.
 
     Infinite where either holds a loss that is not finite.
