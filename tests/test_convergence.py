@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import convergence
-from resfuse.bench.verify import verify
+from resfuse.bench.verify import digits, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,20 +24,37 @@ def test_networks_have_the_layers_of_their_names():
         assert f"{layers(make())} layers" == name
 
 
-def test_the_command_writes_every_mode(tmp_path, capsys):
+def test_the_command_makes_every_variant_once(tmp_path, capsys):
     path = tmp_path / "c.json"
-    convergence.main(["--networks", "14 layers", "--seeds", "2", "--steps", "2", "--out", str(path)])
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["mode"] for row in rows] == ["float32", "autocast-bfloat16"]
-    assert all(len(curve) == 2 for row in rows for each in row["curves"].values() for curve in each)
-    assert rows[0]["loss"]["eager"] != rows[1]["loss"]["eager"]  # bfloat16 is another arithmetic
+    options = ["--networks", "14 layers", "--seeds", "2", "--steps", "2", "--out", str(path)]
+    convergence.main(options)
+    runs = json.loads(path.read_text())["runs"]
+    assert [(run["variant"], run["mode"]) for run in runs] == [each for each in convergence.VARIANTS for _ in range(2)]
+    curves = {(run["variant"], run["mode"]): run["curve"] for run in runs if run["seed"] == 0}
+    assert curves["resfuse", "float32"][0] == pytest.approx(curves["eager", "float32"][0], rel=1e-4)
     capsys.readouterr()
+    convergence.main(options)
+    assert not capsys.readouterr().out  # all are there
     assert convergence.main(["--table", str(path)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 4
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 5 and "(seed from seed)" in lines[2] and "(seed from seed)" not in "".join(lines[3:])
+
+
+def test_bfloat16_is_another_arithmetic():
+    make, data = convergence.NETWORKS["14 layers"], list(digits())
+    exact, rounded = (train(make(seed=0), data, 0, 1, autocast) for autocast in convergence.MODES.values())
+    assert exact != rounded and exact == pytest.approx(rounded, rel=1e-2)
+
+
+def test_last_bits_are_no_more_than_that():
+    model, twin = (convergence.NETWORKS["14 layers"](seed=0) for _ in range(2))
+    convergence._perturb(twin, 0)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-7, atol=0)
+    assert not torch.equal(model.head.weight, twin.head.weight)
 
 
 @pytest.mark.slow
 def test_110_layers_train_in_bfloat16():
-    found = verify(range(2), 20, make=convergence.NETWORKS["110 layers"], autocast=torch.bfloat16)
-    assert all(isfinite(loss) for curve in found.fused for loss in curve)
-    assert found.passed and max(curve[-1] for curve in found.fused) < 2.6 < min(curve[0] for curve in found.fused)
+    run = convergence.measure("110 layers", "resfuse", "bfloat16", 0, 20)
+    assert all(isfinite(loss) for loss in run["curve"]) and run["curve"][-1] < 2.6 < run["curve"][0]

@@ -68,17 +68,17 @@ def verify(
     seeds, began = list(seeds), time.perf_counter()
     if len(seeds) < 2:
         raise ValueError(f"verify needs at least 2 seeds to know eager's own spread, got {len(seeds)}")
-    data = [part.to(device) for part in _digits()]
+    data = [part.to(device) for part in digits()]
     eager, fused, eager_accuracy, fused_accuracy, kappas = [], [], [], [], []
     for seed in seeds:
         start = make(seed=seed).to(device)
         model = copy.deepcopy(start)
-        eager.append(_train(model, data, seed, steps, autocast))
-        eager_accuracy.append(_accuracy(model, data))
+        eager.append(train(model, data, seed, steps, autocast))
+        eager_accuracy.append(accuracy_of(model, data))
         kappas.append(largest_kappa(model, data[0][:BATCH]))
         model = fuse(copy.deepcopy(start))
-        fused.append(_train(model, data, seed, steps, autocast))
-        fused_accuracy.append(_accuracy(model, data))
+        fused.append(train(model, data, seed, steps, autocast))
+        fused_accuracy.append(accuracy_of(model, data))
     distance = max(curve_distance(a, b) for a, b in zip(eager, fused, strict=True))
     spread = median(curve_distance(a, b) for a, b in combinations(eager, 2))
     return Verification(
@@ -127,18 +127,18 @@ def write(found: Verification, json_path: Path | None, png_path: Path | None) ->
         _plot(found, png_path)
 
 
-def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images [N, 1, 8, 8] and labels, then those held out: every fifth."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
-    labels = torch.from_numpy(digits.target).long()
+    loaded = load_digits()
+    images = torch.from_numpy(loaded.images).float().unsqueeze(1) / 8 - 1
+    labels = torch.from_numpy(loaded.target).long()
     held_out = torch.arange(len(labels)) % 5 == 0
     return images[~held_out], labels[~held_out], images[held_out], labels[held_out]
 
 
-def _train(
+def train(
     model: nn.Module, data: list[Tensor], seed: int, steps: int, autocast: torch.dtype | None
 ) -> list[float]:
     images, labels = data[:2]
@@ -159,7 +159,7 @@ def _train(
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, data: list[Tensor]) -> float:
+def accuracy_of(model: nn.Module, data: list[Tensor]) -> float:
     model.eval()
     right = model(data[2]).argmax(1) == data[3]
     return right.float().mean().item()
