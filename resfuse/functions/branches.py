@@ -111,6 +111,12 @@ class Inputs(NamedTuple):
         n = norm + len(spec.units)
         return cls(tuple(parts), mean, var, residual, row_scale, gate, tensors[:norm], tensors[norm:n], tensors[n:])
 
+    @classmethod
+    def count(cls, spec: Spec) -> int:
+        """Of a Function's arguments."""
+        units_of = (spec.norm is not None) + len(spec.units) + (spec.shortcut.unit is not None)
+        return spec.parts + 5 + len(Tensors._fields) * units_of
+
     def flat(self) -> list:
         """In the order of a Function's arguments."""
         tensors = (t for group in (*self.norm, *self.units, *self.shortcut) for t in group)
@@ -168,15 +174,13 @@ def shortcut_forward(
 
 def shortcut_again(
     k, shortcut: Shortcut, t: Tensors | None, kept: Kept | None, source: Tensor, given: Tensor | None,
-    layout: torch.memory_format,
+    layout: torch.memory_format, z: Tensor | None,
 ) -> Residual:
-    """The residual of `shortcut_forward`, in backward."""
+    """The residual of `shortcut_forward`, in backward. z: a projection's, if kept."""
     if shortcut.kind != PROJECTION:
         return _plain_residual(shortcut, source, given, layout)
-    a, z = _pooled(k, shortcut, source), None
-    if shortcut.unit.form != COVARIANCE:
-        z = units.raw(k, shortcut.unit, t, a)
-    return units.recipe(shortcut.unit, t, kept, units.sampled(a, shortcut.unit.geometry.stride), z)
+    a = _pooled(k, shortcut, source) if z is None else None
+    return units.again(k, shortcut.unit, t, kept, a, z)
 
 
 def shortcut_backward(
