@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .blocks import plans
+from .blocks import plans, runs
 from .blocks.mixin import FusedMixin, State, fused_class, original_class, owned
 from .kernels import dispatch, measured
 from .kernels.interface import Reason, Unsupported
@@ -23,6 +23,10 @@ LAYOUT = Reason(
     "layout_nchw",
     "convolution weights are NCHW; faster: model.to(memory_format=torch.channels_last) and inputs alike",
 )
+MEMORY = ("balanced", "lean", "leanest")
+SHORT = 8  # blocks in a row: what backward makes again of so many is small beside what it has freed by then
+NO_RUN = Reason("no_run", "no nn.Sequential has fused residual blocks in a row: blocks keep what they keep balanced")
+RUNS = Reason("run_by_blocks", "in torch.compile's graphs and under dispatch modes blocks keep what they keep balanced")
 NOT_CONVERTED = Reason("not_converted", "fuse() was not called on it")
 
 
@@ -35,7 +39,8 @@ class FuseConfig:
     """How fused blocks run.
 
     backend: "auto", or the name of one kernel set that must then run every primitive ("eager").
-    memory: "balanced" keeps two narrow activations, the input and a 1-bit mask per bottleneck.
+    memory: "balanced" keeps two narrow activations, the input and a 1-bit mask per bottleneck; "lean" the two narrow
+    ones alone, where fused blocks follow one another in an nn.Sequential; "leanest" one of them.
     deterministic: None follows torch.use_deterministic_algorithms; our own kernels always are.
     """
 
@@ -45,7 +50,7 @@ class FuseConfig:
 
     def __post_init__(self):
         for name, accepted in (
-            ("backend", dispatch.backends()), ("memory", ("balanced",)), ("deterministic", (None,))
+            ("backend", dispatch.backends()), ("memory", MEMORY), ("deterministic", (None,))
         ):
             value = getattr(self, name)
             if value not in accepted:
@@ -58,15 +63,18 @@ class Report:
     """What is fused in a model, what is not and why, and what happened at run time.
 
     fused: (fqn, class, forms of the wide products); skipped: (fqn, code, text); notes: (code, text);
-    fallbacks: (fqn, code, text, count) of calls that ran the original forward; kernels: (primitive, kernel set,
-    code, text) of refusals inside fused calls, of this process; coverage: share of the model's convolution
-    multiply-adds inside fused blocks at `input_size`, None if that could not be counted.
+    fallbacks: (fqn, code, text, count) of calls that ran the original forward; runs: (fqn, text) of each row of blocks
+    that keeps less than they do one by one; splits: (fqn, code, text, count) of what cut such a row in calls; kernels:
+    (primitive, kernel set, code, text) of refusals inside fused calls, of this process; coverage: share of the model's
+    convolution multiply-adds inside fused blocks at `input_size`, None if that could not be counted.
     """
 
     fused: list[tuple[str, str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     notes: list[Reason] = field(default_factory=list)
     fallbacks: list[tuple[str, str, str, int]] = field(default_factory=list)
+    runs: list[tuple[str, str]] = field(default_factory=list)
+    splits: list[tuple[str, str, str, int]] = field(default_factory=list)
     kernels: list[tuple[str, str, str, str]] = field(default_factory=list)
     coverage: float | None = None
     input_size: tuple[int, ...] = ()
@@ -76,8 +84,8 @@ class Report:
         share = "unknown" if self.coverage is None else f"{self.coverage:.1%}"
         lines = [f"{len(self.fused)} blocks fused, {share} of convolution multiply-adds (input {size})"]
         for title, rows in (
-            ("fused", self.fused), ("not fused", self.skipped), ("note", self.notes),
-            ("ran the original forward", self.fallbacks), ("kernel fallback", self.kernels),
+            ("fused", self.fused), ("run", self.runs), ("not fused", self.skipped), ("note", self.notes),
+            ("ran the original forward", self.fallbacks), ("cut a run", self.splits), ("kernel fallback", self.kernels),
         ):
             if rows:
                 lines += ["", title, *_columns([(first or "(the model)", *rest) for first, *rest in rows])]
@@ -111,7 +119,8 @@ def fuse(
     for module in blocks:
         if not isinstance(module, FusedMixin):
             module.__class__ = fused_class(type(module), plans.plan_for(type(module)))
-        module.__dict__["_resfuse_state"] = State(config.backend)
+        module.__dict__["_resfuse_state"] = State(config.backend, config.memory)
+    _make_runs(model, config)
     if not blocks:
         warnings.warn(f"resfuse.fuse fused nothing in {type(model).__name__}; see resfuse.explain(model)", stacklevel=2)
     if "torch.utils.flop_counter" in sys.modules:  # which imports Triton: only where the program has
@@ -133,9 +142,30 @@ def unfuse(model: nn.Module) -> nn.Module:
             if original is type(module):
                 warnings.warn(f"{original.__qualname__} is defined as a fused block and stays one", stacklevel=2)
                 continue
-            module.__dict__.pop("_resfuse_state", None)
-            module.__class__ = original
+            _undo(module)
     return model
+
+
+def _every(blocks: int) -> int:
+    """Of so many blocks in a row, after how many an output is kept."""
+    return min(range(1, blocks + 1), key=lambda k: (-(-blocks // k) - 1 + k - 1, -k)) if blocks > SHORT else blocks
+
+
+def _make_runs(model: nn.Module, config: FuseConfig) -> None:
+    """Make of each row of fused blocks a run, or of each run a row again."""
+    for _, module in runs.find(model):
+        if config.memory == "balanced":
+            if runs.is_run(module):
+                _undo(module)
+            continue
+        module.__class__ = fused_class(nn.Sequential, runs)
+        every = _every(sum(map(runs.joins, module)))
+        module.__dict__["_resfuse_state"] = State(config.backend, config.memory, every)
+
+
+def _undo(module: nn.Module) -> None:
+    module.__dict__.pop("_resfuse_state", None)
+    module.__class__ = original_class(type(module))
 
 
 def explain(
@@ -161,6 +191,15 @@ def report(model: nn.Module, *, input_size: tuple[int, int, int, int] = (1, 3, 2
         if isinstance(module, FusedMixin):
             counts = module.resfuse_state.fallbacks
             result.fallbacks += [(fqn, code, text, count) for code, (count, text) in counts.items()]
+    rows = [(fqn, module) for fqn, module in runs.find(model) if runs.is_run(module)]
+    wanted = {module.resfuse_state.memory for _, module, _ in survey if isinstance(module, FusedMixin)} - {"balanced"}
+    if wanted:
+        result.notes.append(RUNS if rows else NO_RUN)
+    for fqn, module in rows:
+        state = module.resfuse_state
+        result.runs.append((fqn, runs.forms(module)))
+        result.fallbacks += [(fqn, code, text, count) for code, (count, text) in state.fallbacks.items()]
+        result.splits += [(fqn, code, text, count) for code, (count, text) in state.splits.items()]
     backends = {module.resfuse_state.backend for _, module, _ in survey if isinstance(module, FusedMixin)}
     for name in sorted(name for name in backends & set(dispatch.ORDER) if not measured.proven(name, "cuda")):
         result.notes.append(Reason("unproven", f"kernel set {name}: {dispatch.kernel_set(name).STATUS}"))
@@ -179,7 +218,7 @@ def _survey(
             return
         seen.add(id(module))
         plan = _plan(module)
-        if plan is not None:
+        if plan is not None and plan is not runs:
             refused = plan.refusal(module)
             if filter_fn is not None and not filter_fn(module, fqn):
                 yield fqn, module, Reason("filtered", "filter_fn returned False")

@@ -49,20 +49,30 @@ class disabled:
 
 
 class State:
-    """What a fused module carries besides its own attributes: its backend, per code the count of calls that ran the
-    original forward and the last one's reason, and how the module was when it was last looked at (`gate.py`)."""
+    """What a fused module carries besides its own attributes: its backend; what it keeps, as in
+    `FuseConfig.memory`, and in a run after how many blocks an output; per code the count of calls that ran the original
+    forward (splits: that cut a run) and the last one's reason; how the module was when it was last looked at
+    (`gate.py`)."""
 
     record: tuple | None = None
 
-    def __init__(self, backend: str = "auto"):
-        self.backend = backend
+    def __init__(self, backend: str = "auto", memory: str = "balanced", every: int = 1):
+        self.backend, self.memory, self.every = backend, memory, every
         self.fallbacks: dict[str, tuple[int, str]] = {}
+        self.splits: dict[str, tuple[int, str]] = {}
 
     def __getstate__(self) -> dict:
-        return {"backend": self.backend, "fallbacks": self.fallbacks}  # a copy is looked at anew
+        return {name: held for name, held in self.__dict__.items() if name != "record"}  # a copy is looked at anew
 
     def count(self, reason: Reason) -> None:
-        self.fallbacks[reason.code] = self.fallbacks.get(reason.code, (0, ""))[0] + 1, reason.text
+        _count(self.fallbacks, reason)
+
+    def split(self, reason: Reason) -> None:
+        _count(self.splits, reason)
+
+
+def _count(counts: dict[str, tuple[int, str]], reason: Reason) -> None:
+    counts[reason.code] = counts.get(reason.code, (0, ""))[0] + 1, reason.text
 
 
 class Pair(NamedTuple):
