@@ -7,7 +7,7 @@ make the updates of running statistics that its forward left.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -184,25 +184,26 @@ def _watched(steps: Steps, *parts: BN | ConvBN | Conv | None) -> Steps:
     return {block_steps.DIRECT: ops.BLOCK, bn_relu_steps.DIRECT: ops.BN_RELU}.get(steps, steps)
 
 
-def run(
-    function, spec: NamedTuple, flat: list[Tensor | None], device: str, dtype: torch.dtype,
-    parts: Sequence[Spec | PoolSpec] | None = None,
-):
-    """Apply a Function, then make the updates that its forward left. parts: what leaves them, if not spec itself."""
-    parts = [spec] if parts is None else parts
-    dispatch.kernels(parts[0].backend, device, dtype)  # a set that cannot run says so before anything has run
+def run(function, spec: Spec | PoolSpec, flat: list[Tensor | None], device: str, dtype: torch.dtype):
+    """Apply a Function, then make the updates that its forward left."""
+    return updating(partial(function.apply, spec, *flat), [spec], device, dtype)
+
+
+def updating(call: Callable, specs: Sequence[Spec | PoolSpec], device: str, dtype: torch.dtype):
+    """What the call gives; then the updates that the forward of its Functions left in the specs."""
+    dispatch.kernels(specs[0].backend, device, dtype)  # a set that cannot run says so before anything has run
     try:
-        found = function.apply(spec, *flat)
+        found = call()
     except _StopRecomputation:  # checkpoint has what it wants; stock BatchNorms have updated by then
-        _update(parts, device, dtype)
+        _update(specs, device, dtype)
         raise
-    _update(parts, device, dtype)
+    _update(specs, device, dtype)
     return found
 
 
-def _update(parts: Sequence[Spec | PoolSpec], device: str, dtype: torch.dtype) -> None:
+def _update(specs: Sequence[Spec | PoolSpec], device: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
-        for spec in parts:
+        for spec in specs:
             spec.steps.update_running(spec.pending, spec.backend, device, dtype)
             spec.pending.clear()
 

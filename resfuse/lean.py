@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from .arguments import BN, ArgumentError, Block, Conv
 from .functions import stem as stem_steps
 from .functions.block import BlockFunction
 from .functions.branches import Inputs, Spec
-from .functions.run import RunFunction, RunSpec
+from .functions.run import Run, RunFunction
 from .functions.stem import StemFunction, StemSpec
 from .functions.unit import KEEP, RECOMPUTE, Tensors, Unit, is_pointwise
 from .kernels.interface import Stats, Window
@@ -66,15 +67,22 @@ def run(
     out = None
     while made and not made[0][0].differentiable:  # frozen blocks before the first that trains: they keep nothing
         spec, inputs = made.pop(0)
+        inputs = inputs if out is None else _reads(spec, inputs, out)
         out = calls.run(BlockFunction, spec, inputs.flat(), x.device.type, dtype)
-        if made:
-            made[0] = made[0][0], _reads(*made[0], out)
     if not made:
         return out
-    specs = tuple(spec for spec, _ in made)
-    first, *others = (inputs for _, inputs in made)
-    flat = [*first.flat(), *(t for inputs in others for t in inputs._replace(parts=(None,)).flat())]
-    return calls.run(RunFunction, RunSpec(specs, leanest), flat, x.device.type, dtype, specs)
+    if out is not None:
+        made[0] = made[0][0], _reads(*made[0], out)
+    return calls.updating(partial(_chained, made, leanest), [spec for spec, _ in made], x.device.type, dtype)
+
+
+def _chained(made: list[tuple[Spec, Inputs]], leanest: bool) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """The last block's output, or what `BlockFunction` gives, of a run that trains from its first block on."""
+    shared, out = Run(len(made), leanest), None
+    for spec, inputs in made:
+        inputs = inputs if out is None else _reads(spec, inputs, out)
+        out = RunFunction.apply(shared, spec, *inputs.flat())
+    return out
 
 
 def stem(x: Tensor, conv: Conv, bn: BN, pool: Window | None, *, backend: str) -> Tensor:
@@ -89,7 +97,8 @@ def stem(x: Tensor, conv: Conv, bn: BN, pool: Window | None, *, backend: str) ->
         z = stem_steps.convolved(*operands, conv.geometry)
     spec, (_, _, _, *tensors) = calls.described_pool(z, bn, pool, None, backend=backend)
     spec = StemSpec(spec._replace(differentiable=True), conv.geometry)
-    return calls.run(StemFunction, spec, [z, *operands, *tensors], x.device.type, x.dtype, [spec.pool])
+    call = partial(StemFunction.apply, spec, z, *operands, *tensors)
+    return calls.updating(call, [spec.pool], x.device.type, dtype)
 
 
 def _without_wide(spec: Spec, inputs: Inputs) -> Spec:

@@ -111,12 +111,6 @@ class Inputs(NamedTuple):
         n = norm + len(spec.units)
         return cls(tuple(parts), mean, var, residual, row_scale, gate, tensors[:norm], tensors[norm:n], tensors[n:])
 
-    @classmethod
-    def count(cls, spec: Spec) -> int:
-        """Of a Function's arguments."""
-        units_of = (spec.norm is not None) + len(spec.units) + (spec.shortcut.unit is not None)
-        return spec.parts + 5 + len(Tensors._fields) * units_of
-
     def flat(self) -> list:
         """In the order of a Function's arguments."""
         tensors = (t for group in (*self.norm, *self.units, *self.shortcut) for t in group)

@@ -1,4 +1,4 @@
-"""Residual blocks in a row as one Function, which keeps less than they do one by one.
+"""Residual blocks in a row, a Function for each, which together keep less than they do one by one.
 
     x_1 = x    x_(i+1) = block_i(x_i)    out = x_(n+1)
 
@@ -9,6 +9,9 @@ block's last step alone; then the first convolutions' outputs, each before its b
 
 What is made again is made by the primitives that made it, from the same operands, with the batch statistics as they
 were: it is the same bits, and no buffer, counter or generator is touched a second time.
+
+The last block's Function holds everything until its backward, which comes first, makes the inputs again and leaves each
+block what it needs. So gradients of parameters leave block by block, and what a block has read is freed with it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.interface import Stats
 from . import block, composite, sync
 from . import unit as units
 from .block import Made, Saved
@@ -27,108 +29,109 @@ from .branches import Inputs, Spec
 from .unit import KEEP
 
 
-class RunSpec(NamedTuple):
-    """What is static in one call. leanest: whether raw outputs of first convolutions that are 1x1 are dropped too."""
+class Run:
+    """What the Functions of one run share. leanest: whether raw outputs of first convolutions that are 1x1 are dropped
+    too; noted: in forward, what is to be kept of the blocks so far; left: in backward, what is left to those before."""
 
-    blocks: tuple[Spec, ...]
-    leanest: bool
+    def __init__(self, length: int, leanest: bool):
+        self.length, self.leanest = length, leanest
+        self.noted: list[Block] = []
+        self.left: list[Block] = []
+
+
+class Block(NamedTuple):
+    """inputs: in the order of `Inputs`, but for the first block without its input; saved: in the order of `Saved.flat`,
+    without what backward makes again."""
+
+    spec: Spec
+    inputs: Sequence[Tensor | None]
+    saved: Sequence[Tensor | None]
 
 
 class RunFunction(torch.autograd.Function):
-    """apply(run, *the `Inputs` of the first block, *those of the second, ...) -> as `BlockFunction` of the last block.
+    """apply(run, spec, *the block's `Inputs`) -> as `BlockFunction`, for each block of the run in turn.
 
-    The input of every block but the first is None there, and so are the statistics of it; no block has a given residual
-    or a gate. The caller makes the updates in each block's pending.
+    No block has a given residual or a gate. The caller makes the updates in each spec's pending, and uses no output but
+    the last block's otherwise.
     """
 
     @staticmethod
-    def forward(ctx, run: RunSpec, *flat: Tensor | None):
-        each, held = list(_each(flat, map(Inputs.count, run.blocks))), []
-        x, own = each[0][0], each[0][1:3]
-        for i, (spec, its) in enumerate(zip(run.blocks, each, strict=True)):
-            its = [x, *own, *its[3:]]
-            made, inputs = spec.steps.forward(spec, its), Inputs.arrange(spec, its)
-            read = (*inputs.norm, *inputs.units, *inputs.shortcut)
-            spec.pending.extend(units.running_updates(spec.running, made.stats, read))
-            held.append(_held(run, i, made, inputs))
-            x, own = made.out, made.own
-            if i + 1 < len(run.blocks):
-                own = _handed_on(own, run.blocks[i + 1])
-            del its, made, inputs  # which hold what nobody needs any more
-        each[0] = [each[0][0], None, None, *each[0][3:]]
-        ctx.save_for_backward(*(t for its in (*each, *(saved.flat() for saved in held)) for t in its))
-        ctx.run, ctx.held = run, [len(saved.flat()) for saved in held]
-        if own is None:
-            return x
-        ctx.mark_non_differentiable(*own)
-        return x, *own
+    def forward(ctx, run: Run, spec: Spec, *flat: Tensor | None):
+        made, inputs = spec.steps.forward(spec, flat), Inputs.arrange(spec, flat)
+        read = (*inputs.norm, *inputs.units, *inputs.shortcut)
+        spec.pending.extend(units.running_updates(spec.running, made.stats, read))
+        first, ctx.last = len(run.noted) == 0, len(run.noted) + 1 == run.length
+        kept = inputs._replace(parts=inputs.parts if first else (None,), mean=None, var=None)
+        run.noted.append(Block(spec, kept.flat(), _held(run, ctx.last, spec, inputs, made).flat()))
+        ctx.run, ctx.spec = run, spec
+        if ctx.last:
+            ctx.save_for_backward(*(t for _, *kept in run.noted for part in kept for t in part))
+            ctx.counts = [(spec, len(inputs), len(saved)) for spec, inputs, saved in run.noted]
+            run.noted = []
+        if made.own is None:
+            return made.out
+        ctx.mark_non_differentiable(*made.own)
+        return made.out, *made.own
 
     @staticmethod
     def backward(ctx, dout: Tensor, *_):
-        blocks = ctx.run.blocks
-        counts = [*map(Inputs.count, blocks), *ctx.held]
-        found = list(_each(ctx.saved_tensors, counts))  # read once: hooks may recompute them
-        each, held = found[: len(blocks)], found[len(blocks) :]
-        if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
-            return None, *_differentiable(blocks, each, dout)
-        return None, *_backward(blocks, each, held, dout, list(_each(ctx.needs_input_grad[1:], counts[: len(blocks)])))
+        differentiable = torch.is_grad_enabled()  # create_graph: these gradients will be differentiated
+        if ctx.last:
+            blocks = list(_blocks(ctx.saved_tensors, ctx.counts))  # read once: hooks may recompute them
+            ctx.run.left = _followed(blocks) if differentiable else _made_again(blocks)
+        spec, inputs, saved = ctx.run.left.pop()
+        needs = ctx.needs_input_grad[2:]
+        if not needs[0]:  # nobody before is going to ask
+            ctx.run.left = []
+        if differentiable:
+            sync.check_first_order(spec)
+            with torch.autocast(dout.device.type, enabled=False):
+                arranged = Inputs.arrange(spec, inputs), Inputs.arrange(spec, needs)
+                return None, None, *composite.gradients(spec, *arranged, dout, None)
+        if spec.units[0].form == KEEP and saved[0] is None:
+            saved = [block.first_again(spec, inputs, saved), *saved[1:]]
+        return None, None, *spec.steps.backward(spec, inputs, saved, dout, needs)
+
+
+def _held(run: Run, last: bool, spec: Spec, inputs: Inputs, made: Made) -> Saved:
+    """What is kept of a block."""
+    zs, mask = made.saved.zs, made.saved.mask
+    if run.leanest and drops_first(spec, inputs):
+        zs = (None, *zs[1:])
+    return made.saved._replace(zs=zs, mask=mask if last else None)
 
 
 def drops_first(spec: Spec, inputs: Inputs) -> bool:
-    """Whether the first convolution's raw output can be made again by a 1x1, and is kept for its own sake."""
+    """Whether the first convolution's raw output is kept for backward alone, and a 1x1 can make it again."""
     return len(spec.units) > 1 and spec.units[0].form == KEEP and units.is_pointwise(spec.units[0], inputs.units[0])
 
 
-def _held(run: RunSpec, i: int, made: Made, inputs: Inputs) -> Saved:
-    """What is kept of block i."""
-    zs, mask = made.saved.zs, made.saved.mask
-    if run.leanest and drops_first(run.blocks[i], inputs):
-        zs = (None, *zs[1:])
-    return made.saved._replace(zs=zs, mask=mask if i + 1 == len(run.blocks) else None)
+def _made_again(blocks: list[Block]) -> list[Block]:
+    """The blocks with their inputs and masks."""
+    found = blocks[:1]
+    for following in blocks[1:]:
+        spec, inputs, saved = found[-1]
+        out, mask = block.again(spec, inputs, saved)
+        found[-1] = Block(spec, inputs, Saved.arrange(spec, saved)._replace(mask=mask).flat())
+        found.append(following._replace(inputs=[out, *following.inputs[1:]]))
+    return found
 
 
-def _handed_on(own: Stats | None, following: Spec) -> Sequence[Tensor | None]:
-    """The statistics of a block's output, where the next one's BatchNorm is about to ask for them."""
-    asks = following.norm is not None and following.norm.batch
-    return own if own is not None and asks else (None, None)
+def _followed(blocks: list[Block]) -> list[Block]:
+    """The blocks with their inputs, connected to what those were made of."""
+    found = blocks[:1]
+    for following in blocks[1:]:
+        spec, inputs, _ = found[-1]
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            out = composite.block(spec, Inputs.arrange(spec, inputs), None)
+        found.append(following._replace(inputs=[out, *following.inputs[1:]]))
+    return found
 
 
-def _backward(
-    blocks: Sequence[Spec], each: list[Sequence], held: list[Sequence], dout: Tensor, needs: Sequence[Sequence[bool]]
-) -> list[Tensor | None]:
-    """Gradients of each block's `Inputs`, as far as they are needed."""
-    lowest = next((i for i, its in enumerate(needs) if any(its)), len(blocks))
-    xs = [each[0][0]]
-    for i, spec in enumerate(blocks[:-1]):
-        out, mask = block.again(spec, [xs[-1], *each[i][1:]], held[i])
-        xs.append(out)
-        held[i] = Saved.arrange(spec, held[i])._replace(mask=mask).flat()
-    found: list[Tensor | None] = []
-    for i in reversed(range(lowest, len(blocks))):
-        spec, its, saved = blocks[i], [xs.pop(), *each[i][1:]], held.pop()
-        if spec.units[0].form == KEEP and saved[0] is None:
-            saved = [block.first_again(spec, its, saved), *saved[1:]]
-        wanted = [needs[i][0] or i > lowest, *needs[i][1:]]
-        gradients = spec.steps.backward(spec, its, saved, dout, wanted)
-        del its, saved  # before the next block's are made
-        dout = gradients[0]
-        found[:0] = gradients if i == 0 else [None, *gradients[1:]]
-    return [None] * sum(map(Inputs.count, blocks[:lowest])) + found
-
-
-def _differentiable(blocks: Sequence[Spec], each: Sequence[Sequence], dout: Tensor) -> list[Tensor | None]:
-    """The same gradients, connected to what they were made of."""
-    out = each[0][0]
-    with torch.autocast(dout.device.type, enabled=False):
-        for spec, its in zip(blocks, each, strict=True):
-            sync.check_first_order(spec)
-            out = composite.block(spec, Inputs.arrange(spec, [out, *its[1:]]), None)
-        return composite.input_gradients(out, dout, [t for its in each for t in its])
-
-
-def _each(flat: Sequence, counts) -> Iterator[Sequence]:
-    """The pieces of a sequence, so many in each."""
+def _blocks(flat: Sequence[Tensor | None], counts: Sequence[tuple[Spec, int, int]]) -> Iterator[Block]:
+    """What was kept, taken apart again."""
     start = 0
-    for count in counts:
-        yield flat[start : start + count]
-        start += count
+    for spec, inputs, saved in counts:
+        middle, end = start + inputs, start + inputs + saved
+        yield Block(spec, flat[start:middle], flat[middle:end])
+        start = end
