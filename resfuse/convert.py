@@ -9,7 +9,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
 from torch import nn
@@ -18,14 +17,14 @@ from .blocks import plans, runs
 from .blocks.mixin import FusedMixin, State, fused_class, original_class, owned
 from .kernels import dispatch, measured
 from .kernels.interface import Reason, Unsupported
+from .memory import plan as memory_plan
+from .memory.count import Uncounted
 
 LAYOUT = Reason(
     "layout_nchw",
     "convolution weights are NCHW; faster: model.to(memory_format=torch.channels_last) and inputs alike",
 )
 MEMORY = ("balanced", "lean", "leanest")
-SHORT = 8  # blocks in a row: what backward makes again of so many is small beside what it has freed by then
-NO_RUN = Reason("no_run", "no nn.Sequential has fused residual blocks in a row: blocks keep what they keep balanced")
 RUNS = Reason("run_by_blocks", "in torch.compile's graphs and under dispatch modes blocks keep what they keep balanced")
 NOT_CONVERTED = Reason("not_converted", "fuse() was not called on it")
 
@@ -40,21 +39,23 @@ class FuseConfig:
 
     backend: "auto", or the name of one kernel set that must then run every primitive ("eager").
     memory: "balanced" keeps two narrow activations, the input and a 1-bit mask per bottleneck; "lean" the two narrow
-    ones alone, where fused blocks follow one another in an nn.Sequential; "leanest" one of them.
+    ones alone, where fused blocks follow one another in an nn.Sequential; "leanest" one of them. A float is the peak
+    of a step that is allowed, as a share of eager's: each row of blocks is then as lean as it has to be.
     deterministic: None follows torch.use_deterministic_algorithms; our own kernels always are.
     """
 
     backend: str = "auto"
-    memory: str = "balanced"
+    memory: str | float = "balanced"
     deterministic: None = None
 
     def __post_init__(self):
-        for name, accepted in (
-            ("backend", dispatch.backends()), ("memory", MEMORY), ("deterministic", (None,))
-        ):
-            value = getattr(self, name)
-            if value not in accepted:
-                choices = ", ".join(map(repr, accepted))
+        accepted = {"backend": dispatch.backends(), "memory": MEMORY, "deterministic": (None,)}
+        for name, values in accepted.items():
+            value, choices = getattr(self, name), ", ".join(map(repr, values))
+            share = name == "memory" and isinstance(value, float)
+            if share and not 0 < value <= 1:
+                raise ValueError(f"FuseConfig.memory={value!r} is no share: more than 0 and at most 1")
+            if not share and value not in values:
                 raise ValueError(f"FuseConfig.{name}={value!r} is not available in this version; accepted: {choices}")
 
 
@@ -98,11 +99,14 @@ def fuse(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     config: FuseConfig | None = None,
     strict: bool = False,
+    input_size: tuple[int, int, int, int] = (8, 3, 224, 224),
 ) -> nn.Module:
     """Replace the forward of every block that has a fused form, in place; returns the same model. Idempotent.
 
     filter_fn(module, fqn) -> bool: False leaves a block alone. strict: raise FuseError, before anything is changed,
-    if any convolution stays outside a fused block. Raises Unsupported if config names a backend that cannot run.
+    if any convolution stays outside a fused block. input_size: what config.memory counts with. Raises Unsupported if
+    config names a backend that cannot run, ValueError where memory asks for a share of eager's peak that cannot be:
+    nothing is changed then either.
     """
     config = config or FuseConfig()
     _check_model(model)
@@ -116,11 +120,23 @@ def fuse(
         raise FuseError("not fused:\n" + "\n".join(_columns(skipped)))
     if config.backend != "auto":
         _check_backend(config.backend, blocks)
+    rows = runs.find(model, {id(module) for module in blocks})
+    plan = None if config.memory == "balanced" else _memory_plan(model, rows, blocks, config.memory, input_size)
     for module in blocks:
         if not isinstance(module, FusedMixin):
             module.__class__ = fused_class(type(module), plans.plan_for(type(module)))
-        module.__dict__["_resfuse_state"] = State(config.backend, config.memory)
-    _make_runs(model, config)
+        module.__dict__["_resfuse_state"] = State(config.backend)
+    for fqn, module in model.named_modules():
+        option = None if plan is None else plan.options.get(fqn)
+        if option is not None and option.memory != "balanced":
+            if fqn in rows:
+                module.__class__ = fused_class(nn.Sequential, runs)
+            module.__dict__["_resfuse_state"] = State(config.backend, option.memory, option.every, plan.share)
+        elif runs.is_run(module):
+            _undo(module)
+    if plan is not None and not plan.options:
+        text = f"memory={config.memory!r} changes nothing: no nn.Sequential in {type(model).__name__} has fused blocks"
+        warnings.warn(text, stacklevel=2)
     if not blocks:
         warnings.warn(f"resfuse.fuse fused nothing in {type(model).__name__}; see resfuse.explain(model)", stacklevel=2)
     if "torch.utils.flop_counter" in sys.modules:  # which imports Triton: only where the program has
@@ -146,21 +162,33 @@ def unfuse(model: nn.Module) -> nn.Module:
     return model
 
 
-def _every(blocks: int) -> int:
-    """Of so many blocks in a row, after how many an output is kept."""
-    return min(range(1, blocks + 1), key=lambda k: (-(-blocks // k) - 1 + k - 1, -k)) if blocks > SHORT else blocks
+def _memory_plan(
+    model: nn.Module, rows: dict[str, nn.Sequential], blocks: list[nn.Module], memory: str | float, input_size
+) -> memory_plan.Plan:
+    """How lean each row and each stem becomes."""
+    chosen = {id(module) for module in blocks}
+    found, stems = [], []
+    for fqn, row in rows.items():
+        children = (
+            (_inside(fqn, name), child, plans.plan_of(child) if id(child) in chosen and runs.can_join(child) else None)
+            for name, child in row.named_children()
+        )
+        found.append(memory_plan.Row(fqn, tuple(children)))
+    for fqn, module in model.named_modules():
+        ends = getattr(plans.plan_of(module), "stem_ends", lambda _: None)(module) if id(module) in chosen else None
+        if ends is not None:
+            macs = module.get_submodule(ends[0]).weight[0].numel()
+            stems.append(memory_plan.Stem(fqn, *(_inside(fqn, name) for name in ends), macs))
+    try:
+        return memory_plan.make(model, found, stems, memory, input_size)
+    except Uncounted as error:
+        if isinstance(memory, float):
+            raise ValueError(f"memory={memory} is a share of eager's peak, which cannot be counted: {error}") from error
+        return memory_plan.uncounted(found, stems, memory)
 
 
-def _make_runs(model: nn.Module, config: FuseConfig) -> None:
-    """Make of each row of fused blocks a run, or of each run a row again."""
-    for _, module in runs.find(model):
-        if config.memory == "balanced":
-            if runs.is_run(module):
-                _undo(module)
-            continue
-        module.__class__ = fused_class(nn.Sequential, runs)
-        every = _every(sum(map(runs.joins, module)))
-        module.__dict__["_resfuse_state"] = State(config.backend, config.memory, every)
+def _inside(fqn: str, name: str) -> str:
+    return f"{fqn}.{name}" if fqn else name
 
 
 def _undo(module: nn.Module) -> None:
@@ -191,20 +219,27 @@ def report(model: nn.Module, *, input_size: tuple[int, int, int, int] = (1, 3, 2
         if isinstance(module, FusedMixin):
             counts = module.resfuse_state.fallbacks
             result.fallbacks += [(fqn, code, text, count) for code, (count, text) in counts.items()]
-    rows = [(fqn, module) for fqn, module in runs.find(model) if runs.is_run(module)]
-    wanted = {module.resfuse_state.memory for _, module, _ in survey if isinstance(module, FusedMixin)} - {"balanced"}
-    if wanted:
-        result.notes.append(RUNS if rows else NO_RUN)
-    for fqn, module in rows:
+    leaner = [(fqn, module) for fqn, module in model.named_modules() if _is_leaner(module)]
+    for fqn, module in leaner:
         state = module.resfuse_state
+        if not runs.is_run(module):
+            result.runs.append((fqn, f"stem, {state.memory}"))
+            continue
         result.runs.append((fqn, runs.forms(module)))
         result.fallbacks += [(fqn, code, text, count) for code, (count, text) in state.fallbacks.items()]
         result.splits += [(fqn, code, text, count) for code, (count, text) in state.splits.items()]
+    if leaner:
+        share = leaner[0][1].resfuse_state.share
+        result.notes += [RUNS] if share is None else [RUNS, Reason("peak", f"{share:.2f} of eager's, as counted")]
     backends = {module.resfuse_state.backend for _, module, _ in survey if isinstance(module, FusedMixin)}
     for name in sorted(name for name in backends & set(dispatch.ORDER) if not measured.proven(name, "cuda")):
         result.notes.append(Reason("unproven", f"kernel set {name}: {dispatch.kernel_set(name).STATUS}"))
     result.kernels = [(primitive, name, *reason) for primitive, name, reason in dispatch.fallbacks()]
     return result
+
+
+def _is_leaner(module: nn.Module) -> bool:
+    return isinstance(module, FusedMixin) and module.resfuse_state.memory != "balanced"
 
 
 def _survey(
@@ -217,7 +252,7 @@ def _survey(
         if id(module) in seen:
             return
         seen.add(id(module))
-        plan = _plan(module)
+        plan = plans.plan_of(module)
         if plan is not None and plan is not runs:
             refused = plan.refusal(module)
             if filter_fn is not None and not filter_fn(module, fqn):
@@ -245,9 +280,9 @@ def _describe(model: nn.Module, survey: list[tuple[str, nn.Module, Reason | None
     result = Report(input_size=tuple(input_size))
     blocks = [(fqn, module) for fqn, module, reason in survey if reason is None]
     for fqn, module in blocks:
-        result.fused.append((fqn, type(module).__name__, _plan(module).forms(module)))
+        result.fused.append((fqn, type(module).__name__, plans.plan_of(module).forms(module)))
     result.skipped = [(fqn, *reason) for fqn, _, reason in survey if reason is not None]
-    inside = {id(inner): inner for _, module in blocks for inner in owned(_plan(module), module)}.values()
+    inside = {id(inner): inner for _, module in blocks for inner in owned(plans.plan_of(module), module)}.values()
     if any(_is_nchw(conv) for conv in inside if isinstance(conv, nn.Conv2d)):
         result.notes.append(LAYOUT)
     result.coverage = _coverage(model, inside, result.input_size)
@@ -281,11 +316,6 @@ def _coverage(model: nn.Module, inside: list[nn.Module], input_size: tuple[int, 
 def _is_nchw(conv: nn.Conv2d) -> bool:
     weight = conv.weight
     return math.prod(weight.shape[2:]) > 1 and not weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def _plan(module: nn.Module) -> ModuleType | None:
-    plan = module.plan if isinstance(module, FusedMixin) else plans.plan_for(type(module))
-    return None if plan is not None and hasattr(plan, "applies") and not plan.applies(module) else plan
 
 
 def _check_model(model) -> None:

@@ -62,8 +62,8 @@ def run(
             [part], dtype, b.bn, b.convs, b.shortcut, relu=b.relu, scale=b.scale, row_scale=b.row_scale, gate=None,
             stats=stats if i == 0 else None, want_stats=b.want_stats, backend=backend,
         )
-        made.append((_without_wide(spec, inputs) if leanest else spec, inputs))
-        part = _promised(x, dtype, spec, inputs)
+        made.append((without_wide(spec, inputs) if leanest else spec, inputs))
+        part = _written(x, dtype, spec, inputs)
     out = None
     while made and not made[0][0].differentiable:  # frozen blocks before the first that trains: they keep nothing
         spec, inputs = made.pop(0)
@@ -101,32 +101,38 @@ def stem(x: Tensor, conv: Conv, bn: BN, pool: Window | None, *, backend: str) ->
     return calls.updating(call, [spec.pool], x.device.type, dtype)
 
 
-def _without_wide(spec: Spec, inputs: Inputs) -> Spec:
+def without_wide(spec: Spec, inputs: Inputs) -> Spec:
     """The block with what wide 1x1s write, few rows, made again: the same bits, which `calls.forms` would keep."""
     last, shortcut = spec.units[-1], spec.shortcut
-    if _is_wide(last, inputs.units[-1]) and last.act is None:
+    if is_wide(last, inputs.units[-1]) and last.act is None:
         spec = spec._replace(units=(*spec.units[:-1], last._replace(form=RECOMPUTE)))
-    if shortcut.unit is not None and _is_wide(shortcut.unit, inputs.shortcut[0]):
+    if shortcut.unit is not None and is_wide(shortcut.unit, inputs.shortcut[0]):
         spec = spec._replace(shortcut=shortcut._replace(unit=shortcut.unit._replace(form=RECOMPUTE)))
     return spec
 
 
-def _is_wide(unit: Unit, t: Tensors) -> bool:
+def is_wide(unit: Unit, t: Tensors) -> bool:
     out, in_, *_ = t.weight.shape
     return unit.form == KEEP and is_pointwise(unit, t) and out >= in_ * unit.geometry.groups
 
 
-def _promised(x: Tensor, dtype: torch.dtype, spec: Spec, inputs: Inputs) -> Promised:
+def _written(x: Tensor, dtype: torch.dtype, spec: Spec, inputs: Inputs) -> Promised:
     """The output of a block that was checked."""
     size = inputs.parts[0].shape
     for unit, t in zip(spec.units, inputs.units, strict=True):
         size = (size[0], t.weight.shape[0], *unit.geometry.spatial(size[2:], t.weight.shape[2:]))
+    return promised(torch.Size(size), dtype, x.device, spec.out_layout, spec.differentiable)
+
+
+def promised(
+    size: torch.Size, dtype: torch.dtype, device: torch.device, layout: torch.memory_format, requires_grad: bool = True
+) -> Promised:
     _, channels, height, width = size
-    if spec.out_layout == torch.channels_last:
+    if layout == torch.channels_last:
         strides = channels * height * width, 1, channels * width, channels
     else:
         strides = channels * height * width, height * width, width, 1
-    return Promised(torch.Size(size), strides, dtype, x.device, spec.differentiable)
+    return Promised(size, strides, dtype, device, requires_grad)
 
 
 def _reads(spec: Spec, inputs: Inputs, found: Tensor | tuple[Tensor, Tensor, Tensor]) -> Inputs:

@@ -321,9 +321,8 @@ def test_fuse_and_unfuse():
 
 
 def test_a_model_without_a_row_is_told():
-    model = fused(nn.ModuleList([Bottleneck(16, 4)]), "lean")
-    assert [note.code for note in resfuse.report(model).notes if note.code == "no_run"] == ["no_run"]
-    assert "no_run" not in [note.code for note in resfuse.report(fused(make("basic"), "lean")).notes]
+    with pytest.warns(UserWarning, match="memory='lean' changes nothing"):
+        fused(nn.ModuleList([Bottleneck(16, 4)]), "lean")
 
 
 def test_slices_and_additions():

@@ -26,6 +26,11 @@ def run(block: modules.BNReLU | modules.Stem, x: Tensor, backend: str) -> Tensor
     return functional.bn_relu(x, read_norm(block.bn), stats=_stats.take(x), backend=backend)
 
 
+def stem_ends(block: modules.BNReLU | modules.Stem) -> tuple[str, str] | None:
+    """As in `stem.py`; None without a convolution."""
+    return ("conv", "maxpool") if _pools(block) else None
+
+
 def forms(block: modules.BNReLU | modules.Stem) -> str:
     return "bn and relu in one, with maxpool by 8-bit places" if _pools(block) else "bn and relu in one"
 

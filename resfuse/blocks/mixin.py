@@ -49,15 +49,20 @@ class disabled:
 
 
 class State:
-    """What a fused module carries besides its own attributes: its backend; what it keeps, as in
-    `FuseConfig.memory`, and in a run after how many blocks an output; per code the count of calls that ran the original
-    forward (splits: that cut a run) and the last one's reason; how the module was when it was last looked at
-    (`gate.py`)."""
+    """What a fused module carries besides its own attributes.
+
+    backend; memory: what it keeps, as in `FuseConfig`; every: after how many blocks a run keeps an output; share: the
+    model's peak so, as a share of eager's, None where that was not counted; fallbacks, splits: per code the count of
+    calls that ran the original forward, or cut a run, and the last one's reason; record: how the module was when it was
+    last looked at (`gate.py`).
+    """
 
     record: tuple | None = None
 
-    def __init__(self, backend: str = "auto", memory: str = "balanced", every: int = 1):
-        self.backend, self.memory, self.every = backend, memory, every
+    def __init__(
+        self, backend: str = "auto", memory: str = "balanced", every: int = 1, share: float | None = None
+    ):
+        self.backend, self.memory, self.every, self.share = backend, memory, every, share
         self.fallbacks: dict[str, tuple[int, str]] = {}
         self.splits: dict[str, tuple[int, str]] = {}
 

@@ -34,7 +34,7 @@ from . import (
     stem,
 )  # fmt: skip
 from .descriptions import BlockDescription, Part
-from .mixin import qualified_name
+from .mixin import FusedMixin, qualified_name
 
 PLANS: dict[str, ModuleType] = {
     original: plan
@@ -63,6 +63,12 @@ def register_block(block: type[nn.Module] | str, description: BlockDescription) 
     if PLANS.get(name, described) is not described or described.BLOCKS.get(name, description) != description:
         raise ValueError(f"{name} has a fused form already")
     described.BLOCKS[name], PLANS[name] = description, described
+
+
+def plan_of(module: nn.Module) -> ModuleType | None:
+    """The plan that a module has, or would have if it were fused."""
+    plan = module.plan if isinstance(module, FusedMixin) else plan_for(type(module))
+    return None if plan is not None and hasattr(plan, "applies") and not plan.applies(module) else plan
 
 
 def plan_for(cls: type) -> ModuleType | None:

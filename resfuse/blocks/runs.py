@@ -6,26 +6,33 @@ the block, a module between blocks, a call for which the block runs its original
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 
 from .. import functional
 from ..functional import Block
 from ..kernels.interface import Reason
-from . import _stats
+from . import _stats, plans
 from .mixin import SOME, FusedMixin, original_class, wrapped
 
 LISTS = False
 OWNS = SOME
 
 
-def find(model: nn.Module) -> list[tuple[str, nn.Sequential]]:
-    """The Sequentials of a model that have blocks for a run."""
-    return [
-        (fqn, module) for fqn, module in model.named_modules()
-        if original_class(type(module)) is nn.Sequential and (is_run(module) or not isinstance(module, FusedMixin))
-        and any(map(joins, module._modules.values()))
-    ]  # fmt: skip
+def find(model: nn.Module, chosen: Container[int]) -> dict[str, nn.Sequential]:
+    """By name the Sequentials of a model that have blocks for a run; chosen: the ids of the modules to fuse."""
+    return {
+        fqn: module for fqn, module in model.named_modules()
+        if original_class(type(module)) is nn.Sequential and (is_run(module) or plans.plan_of(module) is None)
+        and any(id(child) in chosen and can_join(child) for child in module)
+    }  # fmt: skip
+
+
+def can_join(module: nn.Module) -> bool:
+    """Whether a run may hold it, if it is fused."""
+    return hasattr(plans.plan_of(module), "as_block")
 
 
 def joins(module: nn.Module) -> bool:
@@ -95,5 +102,6 @@ def _run(blocks: list[Block], x: Tensor, state) -> Tensor:
 def forms(sequence: nn.Sequential) -> str:
     """What `report` says of it."""
     state, count = sequence.resfuse_state, sum(map(joins, sequence._modules.values()))
-    every = "" if state.every >= count else f", an output kept every {state.every}"
-    return f"{count} blocks, {state.memory}{every}"
+    if state.every >= count:
+        return f"{count} blocks, {state.memory}"
+    return f"{count} blocks, {state.memory}, outputs kept" + (f" every {state.every}" if state.every > 1 else "")

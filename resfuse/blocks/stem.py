@@ -42,6 +42,11 @@ def run(model: nn.Module, x: torch.Tensor, backend: str) -> torch.Tensor:
     return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
+def stem_ends(_: nn.Module) -> tuple[str, str]:
+    """The names of the stem's convolution and of its last module."""
+    return "conv1", "maxpool"
+
+
 def forms(model: nn.Module) -> str:
     return "stem: bn1 and relu in one" + ("" if window(model.maxpool) is None else ", with maxpool by 8-bit places")
 
