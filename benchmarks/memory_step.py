@@ -5,7 +5,7 @@
 
 Saved bytes as in benchmarks/memory.py. Peaks and memory over time: everything that torch's allocator hands out on a CPU
 between the start of forward and the end of backward; gradients of parameters are there before. Times are of whole steps
-in interleaved rounds: each round's ratio to the round's balanced step, the median of them with its interval.
+in interleaved rounds, of ResNet-50: each round's ratio to the round's balanced step, their median with its interval.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from resfuse.testing.memory import saved_bytes, timeline
 from resfuse.testing.timing import interleave, ratio
 
 BATCH = 8
-SUBJECTS = {"resnet50": ("float32", "autocast-bfloat16"), "resnet152": ("float32",)}
+SUBJECTS = (("resnet50", "float32", True), ("resnet50", "autocast-bfloat16", True), ("resnet152", "float32", False))
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 POINTS = 300  # of memory over time that a results file has: the most in each share of a step's time
 
@@ -91,7 +91,9 @@ def measure(subject: str, mode: str, rounds: int) -> dict:
         trained.step()
         line = timeline(trained.step)
         rows[way] = {"saved_bytes": saved, "peak_bytes": max(held for _, held in line), "timeline": thinned(line)}
-        print(f"{subject} {mode} {way}: {saved / 2**20:.1f} MiB saved, {rows[way]['peak_bytes'] / 2**20:.1f} peak", flush=True)
+        print(f"{subject} {mode} {way}: {saved} bytes saved, {rows[way]['peak_bytes']} at the peak", flush=True)
+    if not rounds:
+        return {"subject": subject, "mode": mode, "batch": BATCH, "ways": rows}
     seconds = interleave({way: trained.step for way, trained in steps.items()}, budget=0, minimum=rounds)
     for way, row in rows.items():
         row["seconds"] = seconds[way]
@@ -122,11 +124,16 @@ def table(results: dict) -> list[str]:
                 f"{found[kind] / ways['eager'][kind]:.3f}x ({found[kind] / 2**20:.0f} MiB)"
                 for kind in ("saved_bytes", "peak_bytes")
             )
-            times = ratio(found["seconds"], ways["balanced"]["seconds"])
-            time = "1" if way == "balanced" else f"{times.median:.2f} ({times.low:.2f} to {times.high:.2f})"
-            lines.append(f"| {way} | {' | '.join(cells)} | {time} |")
+            lines.append(f"| {way} | {' | '.join(cells)} | {_time(found, ways['balanced'])} |")
         lines.append("")
     return lines
+
+
+def _time(found: dict, balanced: dict) -> str:
+    if "seconds" not in found:
+        return ""
+    times = ratio(found["seconds"], balanced["seconds"])
+    return "1" if found is balanced else f"{times.median:.2f} ({times.low:.2f} to {times.high:.2f})"
 
 
 def plot(results: dict, path: Path) -> None:
@@ -156,7 +163,7 @@ def main() -> int:
     if options.table:
         print("\n".join(table(json.loads(options.table.read_text()))))
         return 0
-    found = [measure(subject, mode, options.rounds) for subject, modes in SUBJECTS.items() for mode in modes]
+    found = [measure(subject, mode, options.rounds if timed else 0) for subject, mode, timed in SUBJECTS]
     results = {"command": "python -m benchmarks.memory_step", "environment": environment(), "steps": found}
     write_json(options.out, results)
     if options.plot:
