@@ -94,7 +94,7 @@ def measure(subject: str, mode: str, rounds: int) -> dict:
         print(f"{subject} {mode} {way}: {saved} bytes saved, {rows[way]['peak_bytes']} at the peak", flush=True)
     if not rounds:
         return {"subject": subject, "mode": mode, "batch": BATCH, "ways": rows}
-    seconds = interleave({way: trained.step for way, trained in steps.items()}, budget=0, minimum=rounds)
+    seconds = interleave({way: trained.step for way, trained in steps.items()}, budget=1, minimum=rounds)
     for way, row in rows.items():
         row["seconds"] = seconds[way]
         print(subject, mode, way, ratio(seconds[way], seconds["balanced"]), flush=True)
@@ -163,9 +163,10 @@ def main() -> int:
     if options.table:
         print("\n".join(table(json.loads(options.table.read_text()))))
         return 0
-    found = [measure(subject, mode, options.rounds if timed else 0) for subject, mode, timed in SUBJECTS]
-    results = {"command": "python -m benchmarks.memory_step", "environment": environment(), "steps": found}
-    write_json(options.out, results)
+    results = {"command": "python -m benchmarks.memory_step", "environment": environment(), "steps": []}
+    for subject, mode, timed in SUBJECTS:
+        results["steps"].append(measure(subject, mode, options.rounds if timed else 0))
+        write_json(options.out, results)
     if options.plot:
         plot(results, options.plot)
     return 0

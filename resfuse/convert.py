@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 import warnings
@@ -18,7 +17,7 @@ from .blocks.mixin import FusedMixin, State, fused_class, original_class, owned
 from .kernels import dispatch, measured
 from .kernels.interface import Reason, Unsupported
 from .memory import plan as memory_plan
-from .memory.count import Uncounted
+from .memory.count import Uncounted, twin_of, without_data
 
 LAYOUT = Reason(
     "layout_nchw",
@@ -292,21 +291,16 @@ def _describe(model: nn.Module, survey: list[tuple[str, nn.Module, Reason | None
 def _coverage(model: nn.Module, inside: list[nn.Module], input_size: tuple[int, ...]) -> float | None:
     """Share of convolution multiply-adds in `inside`, from a forward of a copy without data, hooks or training."""
     macs: Counter[int] = Counter()
-    tensors = (*model.parameters(), *model.buffers())
     try:
-        empty = {id(t): torch.empty_like(t, device="meta", requires_grad=t.requires_grad) for t in tensors}
-        twin = copy.deepcopy(model, empty).eval()
+        twin = twin_of(model).eval()
         for module, original in zip(twin.modules(), model.modules(), strict=True):
-            module._forward_hooks.clear()
-            module._forward_pre_hooks.clear()
             if isinstance(module, nn.modules.conv._ConvNd):
                 def count(conv: nn.Module, _, output: torch.Tensor, key: int = id(original)) -> None:
                     macs[key] += output[:, 0].numel() * conv.weight.numel()
 
                 module.register_forward_hook(count)
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
         with torch.no_grad():
-            twin(torch.empty(input_size, dtype=dtype, device="meta"))
+            twin(without_data(twin, input_size))
     except Exception:  # a model may want other inputs, look at its data, or not be copied: then the share is unknown
         return None
     total = sum(macs.values())

@@ -13,6 +13,8 @@ import resfuse
 from resfuse import calls, functional
 from resfuse.blocks import modules
 from resfuse.functional import ArgumentError, Block, run
+from resfuse.functions import replay
+from resfuse.kernels import dispatch
 from resfuse.testing.memory import saved_bytes
 
 MEMORY = pytest.mark.parametrize("memory", ["lean", "leanest"])
@@ -132,6 +134,26 @@ def test_with_tritons_kernels(name, mode, rows, windows, monkeypatch):
     with triton_kernels(monkeypatch, windows=windows):
         ours, theirs = (step(fused(row, memory, "triton"), x, autocast) for memory in ("leanest", "balanced"))
         same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["bottlenecks", "pre-activation"])
+def test_steps_done_from_notes(name, monkeypatch):
+    """As on a GPU: the second step is noted, later ones are done from the notes."""
+    monkeypatch.setattr(replay, "DEVICES", ("cpu",))
+    dispatch.kernels.cache_clear()
+    row = make(name)
+    balanced, lean = fused(row, "balanced"), fused(row, "leanest")
+    for seed in range(4):
+        same_bits(step(lean, image(seed=seed)), step(balanced, image(seed=seed)))
+    found = dispatch.kernels("auto", "cpu", torch.float32).replays
+    noted = {key[0] for key, steps in found.items() if callable(steps)}
+    assert noted >= {"block", "block_backward", "block_again"}
+    assert ("block_first_again" in noted) == (name == "bottlenecks")
+
+
+def test_an_input_that_is_not_dense():
+    row, x = make("bottlenecks"), image(size=20)[:, :, ::2, 1::2]
+    same_bits(step(fused(row, "leanest"), x), step(fused(row, "balanced"), x))
 
 
 @MEMORY
@@ -335,7 +357,7 @@ def test_slices_and_additions():
 def test_a_run_that_fails_has_changed_nothing(monkeypatch):
     lean, x = fused(make("bottlenecks"), "lean", "eager"), image()
     before = copy.deepcopy(lean.state_dict())
-    k = resfuse.kernels.dispatch.kernels("eager", "cpu", torch.float32)
+    k = dispatch.kernels("eager", "cpu", torch.float32)
     working, count = k.conv_stats, []
 
     def conv_stats(*args, **kwargs):

@@ -8,6 +8,8 @@ A plan is a module of this package with
     refusal(block)          why the block must run its original forward, or None
     run(block, x, backend)  the fused forward
     forms(block)            what `explain` says of it
+    as_block(block, x)      where a run may hold it: its `functional.Block`, or why not; draws what a call draws
+    stem_ends(block)        where it is a stem: the names of its convolution and of its last module
     applies(block)          where not every block of the classes is meant: whether this one is
     METHOD                  "forward_features" where that is what is replaced
 and, where a class has a name of its own, as attributes of the originals' names, the fused classes.

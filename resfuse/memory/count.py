@@ -68,15 +68,14 @@ class Held(NamedTuple):
 def steps(model: nn.Module, marked: dict[str, tuple[str, str]], input_size: Sequence[int]) -> list[Step]:
     """The parts of a training forward in order. marked: names of parts, the first and the last module of each. Raises
     Uncounted."""
-    twin = twin_of(model).train().requires_grad_()
-    modules, counted = dict(twin.named_modules()), _Counted(twin)
-    for name, (first, last) in marked.items():
-        counted.mark(name, modules[first], modules[last])
-    dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
     try:
+        twin = twin_of(model).train().requires_grad_()
+        modules, counted = dict(twin.named_modules()), _Counted(twin)
+        for name, (first, last) in marked.items():
+            counted.mark(name, modules[first], modules[last])
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counted.keep, lambda t: t):
-            twin(torch.empty(tuple(input_size), dtype=dtype, device="meta"))
-    except Exception as error:  # a model may want other inputs, or look at its data
+            twin(without_data(twin, input_size))
+    except Exception as error:  # a model may want other inputs, look at its data, or not be copied
         size = "x".join(map(str, input_size))
         raise Uncounted(f"an input of {size} does not run through the model ({error}); see input_size") from error
     return counted.end()
@@ -126,8 +125,14 @@ class _Counted:
         return self.steps
 
 
+def without_data(model: nn.Module, size: Sequence[int]) -> Tensor:
+    """An input of the model's dtype on the meta device."""
+    dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.float32)
+    return torch.empty(tuple(size), dtype=dtype, device="meta")
+
+
 def twin_of(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device, without hooks, its fused modules as they were."""
+    """A copy of the model on the meta device, without hooks; what is fused runs its original forward there."""
     tensors = (*model.parameters(), *model.buffers())
     empty = {id(t): torch.empty_like(t, device="meta", requires_grad=t.requires_grad) for t in tensors}
     twin = copy.deepcopy(model, empty)
