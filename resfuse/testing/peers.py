@@ -39,6 +39,7 @@ class Known(NamedTuple):
 OTHER_BITS = "wants the bits of the original forward, which fx traces; the fused one rounds other sums"
 KNOWN = (
     Known("timm", "test_model_forward_fx[*", OTHER_BITS),
+    Known("timm", "test_model_forward_intermediates[*", OTHER_BITS),
     Known("torchvision", "test_feature_extraction_methods_equivalence", OTHER_BITS),
     Known("torchvision", "test_classification_model[[]*-wide_resnet50_2]", OTHER_BITS),
     Known("torchvision", "test_detection_model[*", "compares boxes of random weights with a scripted, unfused twin's"),
