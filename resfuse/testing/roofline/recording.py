@@ -123,9 +123,10 @@ class Recorder(TorchDispatchMode):
         return result
 
     def __call__(self, kernel, programs: int, args: tuple, options: dict) -> None:
-        operands = list(_tensors(args))
-        blank = [t for t in operands if self.number(t) in self.blank]  # what nobody has written, this one writes
-        self.note(kernel.fn.__name__.lstrip("_"), [t for t in operands if t not in _Same(blank)], blank, [], 0)
+        reads, writes = [], []
+        for t in _tensors(args):  # what nobody has written yet, this one writes
+            (writes if self.number(t) in self.blank else reads).append(t)
+        self.note(kernel.fn.__name__.lstrip("_"), reads, writes, [], 0)
 
     @contextmanager
     def within(self, primitive: str, operands: tuple) -> Iterator[Callable[[object], None]]:
@@ -176,27 +177,16 @@ class Recorder(TorchDispatchMode):
         return Block("stem" if (phase in self.passed) == (phase == BACKWARD) else "head", phase)
 
 
-class _Same:
-    """Tensors, looked up by identity."""
-
-    def __init__(self, tensors: list[Tensor]):
-        self.ids = {id(t) for t in tensors}
-
-    def __contains__(self, t: Tensor) -> bool:
-        return id(t) in self.ids
-
-
 def record(
-    build: Callable[[], nn.Module], size: Sequence[int], autocast: torch.dtype | None, *, fused: bool,
-    gpu: bool = True, training: bool = True,
+    build: Callable[[], nn.Module], size: Sequence[int], autocast: torch.dtype | None, *, fused: bool, gpu: bool = True
 ) -> Recorder:
-    """One forward, and in training one backward of sum(out), of a model on images of that size in channels_last.
+    """One forward of a model in training, on images of that size in channels_last, and one backward.
 
     autocast: a dtype, or None for float32. gpu: whether a fused model does what it does on a GPU whose tests passed, or
     on this CPU.
     """
     with _fakes(), ExitStack() as stack:
-        model = _faked(build).train(training)
+        model = _faked(build).train()
         x = torch.empty(tuple(size)).contiguous(memory_format=torch.channels_last)
         recorder = Recorder(block_names(model))
         if fused:
@@ -206,11 +196,9 @@ def record(
         stack.enter_context(torch.autocast("cpu", dtype=autocast, enabled=autocast is not None))
         stack.enter_context(recorder.tracker)
         stack.enter_context(recorder)
-        with torch.set_grad_enabled(training):
-            out = model(x)
+        out = model(x)
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        if training:
-            out.backward(torch.empty_like(out))
+        out.backward(torch.empty_like(out))
         refused = [m.resfuse_state.fallbacks for m in model.modules() if isinstance(m, FusedMixin)]
         assert not any(refused), refused
     return recorder
@@ -232,8 +220,8 @@ def _faked(build: Callable[[], nn.Module]) -> nn.Module:
 
 def block_names(model: nn.Module) -> list[str]:
     """Names of the outermost modules that `fuse` converts, the model itself left out; none lies in another."""
-    fused = {type(module): FusedMixin in type(module).__mro__ for module in resfuse.fuse(model).modules()}
-    names = [name for name, module in model.named_modules() if name and fused[type(module)]]
+    modules = resfuse.fuse(model).named_modules()
+    names = [name for name, module in modules if name and isinstance(module, FusedMixin)]
     resfuse.unfuse(model)
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
