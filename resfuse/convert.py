@@ -176,8 +176,8 @@ def _memory_plan(
     for fqn, module in model.named_modules():
         ends = getattr(plans.plan_of(module), "stem_ends", lambda _: None)(module) if id(module) in chosen else None
         if ends is not None:
-            macs = module.get_submodule(ends[0]).weight[0].numel()
-            stems.append(memory_plan.Stem(fqn, *(_inside(fqn, name) for name in ends), macs))
+            weight = module.get_submodule(ends[0]).weight
+            stems.append(memory_plan.Stem(fqn, *(_inside(fqn, name) for name in ends), weight))
     try:
         return memory_plan.make(model, found, stems, memory, input_size)
     except Uncounted as error:

@@ -142,6 +142,22 @@ def test_a_share_and_back():
     assert resfuse.report(model).runs == [] and type(model.stages) is nn.Sequential
 
 
+def test_rows_that_the_forward_leaves_out():
+    """A row that does not run has a run's class all the same, for whoever calls it."""
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.spare = (nn.Sequential(Bottleneck(16, 4), Bottleneck(16, 4)) for _ in range(2))
+
+        def forward(self, x):
+            return self.used[0](x)
+
+    size = (2, 16, 8, 8)
+    lean = fused(Partly(), "lean", size)
+    assert [fqn for fqn, text in resfuse.report(lean).runs if "2 blocks, lean" in text] == ["used", "spare"]
+    assert resfuse.report(fused(Partly(), 1.0, size)).runs == []
+
+
 def test_long_rows_without_sizes():
     assert plan.uncounted([plan.Row("a", (None,) * 36), plan.Row("b", (None,) * 6)], [], "lean").options == {
         "a": Option("lean", 6, 0, 0), "b": Option("lean", 6, 0, 0)

@@ -30,7 +30,8 @@ MAC_BYTES = {"cpu": 0.3, "cuda": 0.01}
 
 class Step(NamedTuple):
     """A part of a forward as eager runs it: a module that was marked, or, name None, what lies between. Bytes of its
-    input, its output, what it keeps and its parameters; convolved: of a stem, its convolution's output."""
+    input, its output, what it keeps and its parameters; shape: of the input; itemsize: of the output; convolved: of a
+    stem, its convolution's output."""
 
     name: str | None
     x: int
@@ -38,6 +39,7 @@ class Step(NamedTuple):
     kept: int
     parameters: int = 0
     shape: torch.Size | None = None
+    itemsize: int = 1
     convolved: int = 0
 
     @property
@@ -111,7 +113,8 @@ class _Counted:
             kept, x = self.inside.pop(), seen["x"]
             if len(self.inside) == 1:
                 self.end()
-            self.steps.append(Step(name, x.nbytes, out.nbytes, kept, parameters, x.shape, seen["convolved"]))
+            sizes = x.nbytes, out.nbytes, kept, parameters
+            self.steps.append(Step(name, *sizes, x.shape, out.itemsize, seen["convolved"]))
 
         first.register_forward_pre_hook(enter)
         if first is not last:
@@ -149,11 +152,14 @@ def held(module: nn.Module, plan, step: Step) -> Held | None:
         return None
     weight = block.convs[0].weight
     x = lean.promised(step.shape, weight.dtype, weight.device, torch.channels_last)
-    with torch.enable_grad():
-        spec, inputs = calls.described(
-            [x], weight.dtype, block.bn, block.convs, block.shortcut, relu=block.relu, scale=block.scale,
-            row_scale=None, gate=None, stats=None, want_stats=False, backend="auto",
-        )  # fmt: skip
+    try:
+        with torch.enable_grad():
+            spec, inputs = calls.described(
+                [x], weight.dtype, block.bn, block.convs, block.shortcut, relu=block.relu, scale=block.scale,
+                row_scale=None, gate=None, stats=None, want_stats=False, backend="auto",
+            )  # fmt: skip
+    except ValueError:  # a call that does not fit, for which the original forward runs or raises
+        return None
     made = ops.describe_block(spec, inputs.flat())
     shorter = lean.without_wide(spec, inputs)
     first = _bytes(made.saved.zs[:1]) if run.drops_first(spec, inputs) else 0
@@ -162,7 +168,7 @@ def held(module: nn.Module, plan, step: Step) -> Held | None:
     sizes = [_bytes(z) for z in made.saved.zs]
     work = step.x + step.out + max(sizes, default=0) + sum(p.nbytes for p in module.parameters())
     work += step.x * (spec.norm is not None) + step.out // 2 * (spec.shortcut.unit is not None)
-    each = MAC_BYTES.get(weight.device.type, MAC_BYTES["cuda"])
+    each = mac_bytes(weight)
     rows = step.out // (weight.element_size() * block.convs[-1].weight.shape[0])
     # The last 1x1 and the projection, unless their outputs are kept; then only the sum is left.
     macs = sum(t.weight.numel() for unit, t in _outer(spec, inputs) if unit.form != KEEP)
@@ -172,6 +178,11 @@ def held(module: nn.Module, plan, step: Step) -> Held | None:
         macs += first // weight.element_size() * weight[0].numel()
     leanest = macs * each + (first + step.x) * (first > 0)
     return Held(step.x, step.out, kept, mask, first + wide, work, again, leanest, block.projects)
+
+
+def mac_bytes(weight: Tensor) -> float:
+    """What a multiply-add takes where the weight is, in bytes moved."""
+    return MAC_BYTES.get(weight.device.type, MAC_BYTES["cuda"])
 
 
 def _outer(spec: Spec, inputs: Inputs) -> list[tuple[Unit, Tensors]]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import count, search
 from .count import Held, Step
@@ -21,12 +21,12 @@ class Row(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """A stem and its first and last module; macs: of its convolution, for one value of that one's output."""
+    """A stem, the names of its first and last module, and its convolution's weight."""
 
     fqn: str
     first: str
     last: str
-    macs: int
+    weight: Tensor
 
 
 class Plan(NamedTuple):
@@ -53,7 +53,8 @@ def make(
             f"memory={memory}: the least possible peak of a step is {found.least / eager:.3f} of eager's, blocks in no "
             f"row counted as eager's (input {'x'.join(map(str, input_size))})"
         ) from None
-    options = {name: option for name, option in zip(names, choice.options, strict=True) if name is not None}
+    options = {} if isinstance(memory, float) else uncounted(rows, stems, memory).options  # of what did not run
+    options |= {name: option for name, option in zip(names, choice.options, strict=True) if name is not None}
     return Plan(options, choice.peak / eager)
 
 
@@ -61,8 +62,8 @@ SHORT = 8  # blocks in a row: what backward makes again of so many is small besi
 
 
 def uncounted(rows: Sequence[Row], stems: Sequence[Stem], memory: str) -> Plan:
-    """Without sizes: of a row of n blocks an output is kept after every k, for the least of n/k + k."""
-    options = {stem.fqn: Option(memory, 1, 0, 0) for stem in stems}
+    """Without sizes: of a long row of n blocks an output is kept after every k, for the least of n/k + k."""
+    options = {stem.fqn: Option("leanest", 1, 0, 0) for stem in stems if memory == "leanest"}
     for row in rows:
         n = len(row.children)
         every = n if n <= SHORT else min(range(1, n + 1), key=lambda k: (-(-n // k) + k, -k))
@@ -89,9 +90,9 @@ def _parts(
 
 
 def _stem_options(step: Step, stem: Stem, memory: str | float) -> list[Option]:
-    places = step.out // 4  # a byte for a value, which a float32 takes four for; fewer where values are shorter
-    kept, work = step.x + places, step.out + 2 * step.convolved
-    time = stem.macs * (step.convolved // 4) * count.MAC_BYTES["cpu"] + step.x + step.convolved
+    kept, work = step.x + step.out // step.itemsize, step.out + 2 * step.convolved  # a byte for each place
+    macs = stem.weight[0].numel() * step.convolved // step.itemsize
+    time = macs * count.mac_bytes(stem.weight) + step.x + step.convolved
     options = [
         Option("balanced", 1, kept + step.convolved, kept + step.convolved + work),
         Option("leanest", 1, kept, kept + step.convolved + work, time),
@@ -102,7 +103,8 @@ def _stem_options(step: Step, stem: Stem, memory: str | float) -> list[Option]:
 def _row_options(row: Row, steps: dict[str, Step], memory: str | float) -> list[Option]:
     """One for each number of pieces that the row may be in, of each kind that may be."""
     blocks = [
-        plan and count.held(module, plan, steps[name]) or steps[name] for name, module, plan in row.children
+        plan and count.held(module, plan, steps[name]) or steps[name]
+        for name, module, plan in row.children if name in steps
     ]
     n = len(blocks)
     lengths = {-(-n // every): every for every in range(n, 0, -1)}.values()
