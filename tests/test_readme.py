@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
@@ -107,6 +108,20 @@ def test_the_tables_of_the_roofline_are_what_their_results_file_gives():
     assert "eager's floor is {:.0%} of it,\nours {:.0%}.".format(*shares) in text
     assert results["command"].split(" --json")[0] in text and results["ceilings"]["source"] in text
     assert "+dirty" not in results["environment"]["commit"]
+
+
+def test_the_table_of_convergence_is_what_its_results_file_gives():
+    text = (ROOT / "docs" / "benchmarking.md").read_text()
+    results, convergence = results_of("convergence"), script("convergence")
+    assert "\n".join(convergence.table(results)) in text and results["command"] in text
+    deep = [run for run in results["runs"] if (run["network"], run["mode"]) == ("110 layers", "bfloat16")]
+    assert {run["seed"] for run in deep} >= {0, 1, 2} and "+dirty" not in results["environment"]["commit"]
+    for run in deep:  # which the page says of them
+        assert all(map(math.isfinite, run["curve"])) and run["curve"][-1] < 1 < run["curve"][0]
+
+
+def results_of(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
 def test_the_report_that_profiling_reads_is_in_its_results_file():
