@@ -160,6 +160,7 @@ def run(block: nn.Module, x: Tensor, backend: str, given: Tensor | None = None, 
     """given: what is added in the place of x, in blocks with an identity for their shortcut."""
     found = find(block, BLOCKS[original_name(block)])
     steps, attention, drop_path, shortcut, activation = found
+    _segments.check_proven(steps, x, backend)
     shortcut = shortcut if given is None else given
     *before, last = _segments.segments(steps)
     y = _segments.run(before, x, backend)
@@ -195,6 +196,9 @@ def as_block(block: nn.Module, x: Tensor) -> Block | Reason:
         return Reason("called", "it calls modules of its own")
     if type(found.activation) not in (nn.ReLU, type(None)):
         return Reason("called", f"it calls its {type(found.activation).__name__}")
+    unproven = _segments.unproven(found.steps, x, block.resfuse_state.backend)
+    if unproven:
+        return Reason("unproven", unproven)
     convs = tuple(_segments.convs(last))
     rows = None if found.drop_path is None else row_scale(found.drop_path, x, convs[-1].weight)
     return Block(convs, _argument(found.shortcut, x), type(found.activation) is nn.ReLU, row_scale=rows)

@@ -48,6 +48,10 @@ class disabled:
         _disabled.reset(self.token)
 
 
+class Unproven(ArgumentError):
+    """The original forward is the better choice until kernels have been tested where the call is."""
+
+
 class State:
     """What a fused module carries besides its own attributes.
 
@@ -118,7 +122,7 @@ class FusedMixin:
             try:
                 return self.plan.run(self, x, self.resfuse_state.backend, *others)
             except ArgumentError as error:
-                reason = Reason("argument", str(error))
+                reason = Reason("unproven" if isinstance(error, Unproven) else "argument", str(error))
         if reason.code != "disabled":
             self.resfuse_state.count(reason)
         return original(x, *others)
