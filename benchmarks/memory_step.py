@@ -163,7 +163,8 @@ def main() -> int:
     if options.table:
         print("\n".join(table(json.loads(options.table.read_text()))))
         return 0
-    results = {"command": "python -m benchmarks.memory_step", "environment": environment(), "steps": []}
+    command = f"python -m benchmarks.memory_step --rounds {options.rounds}"
+    results = {"command": command, "environment": environment(), "steps": []}
     for subject, mode, timed in SUBJECTS:
         results["steps"].append(measure(subject, mode, options.rounds if timed else 0))
         write_json(options.out, results)
