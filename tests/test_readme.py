@@ -77,9 +77,10 @@ def test_the_overhead_table_is_what_its_results_file_gives():
     assert f"took {results['fuse_resnet50_ms']:g} ms" in text
 
 
-def test_the_coverage_table_is_what_its_results_file_gives():
+@pytest.mark.parametrize("library", coverage.LIBRARIES)
+def test_the_coverage_tables_are_what_their_results_files_give(library):
     text = (ROOT / "docs" / "models.md").read_text()
-    results = json.loads((ROOT / "benchmarks" / "results" / "coverage-torchvision.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / f"coverage-{library}.json").read_text())
     assert "\n".join(coverage.families(results)) in text and results["command"].split(" --json")[0] in text
 
 
