@@ -22,7 +22,8 @@ FAST := not gpu and not slow
 OUT ?= gpu-results
 PARTS ?= env,ceilings,tests,primitives,blocks,resnet50,evaluation
 
-.PHONY: help build test test-all test-range test-torch-min test-torch-max sanitize bench verify gpu lint wheel clean
+.PHONY: help build test test-all test-range test-torch-min test-torch-max sanitize bench suites results verify profile gpu lint wheel \
+  clean
 
 help:
 	@echo 'make test        tests that need no GPU and are not slow'
@@ -30,7 +31,11 @@ help:
 	@echo 'make test-range  the tests with the oldest and the newest torch declared'
 	@echo 'make sanitize    the C++ kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make bench       correctness gate, then time and memory; FULL=1 for every case, BENCH_ARGS=... for options'
+	@echo 'make bench COMPARE=REVISION   this tree and another revision, step by step in turn'
+	@echo 'make results     all of the above and more into OUT=folder: hours'
+	@echo 'make suites      primitives, blocks and networks under pytest-benchmark; FULL=1 for all of them'
 	@echo 'make verify      train a small network, eager and fused from the same start'
+	@echo 'make profile     a steady window of ResNet-50 steps under nsys, with its reports; PROFILE_ARGS=... OUT=folder'
 	@echo 'make gpu         everything that needs a GPU; OUT=folder PARTS=$(PARTS)'
 	@echo 'make lint, make wheel, make build, make clean'
 	@echo 'PYTHON=/path/to/python uses an existing environment and no network.'
@@ -105,10 +110,44 @@ sanitize: $(READY)
 # No speed is measured unless the gate passes.
 bench: build
 	@$(PYTEST) -m 'gate and not gpu'
+ifdef COMPARE
+	@$(PY) -m benchmarks.compare $(COMPARE) $(BENCH_ARGS)
+else
 	@$(PY) -m resfuse bench $(if $(FULL),--full) $(BENCH_ARGS)
+endif
+
+suites: build
+	@$(PY) -m pytest benchmarks -q -p no:cacheprovider --benchmark-only $(if $(FULL),--full) \
+	  --benchmark-group-by=group --benchmark-columns=median,iqr,rounds $(BENCH_ARGS)
+
+# Everything that this machine can say; what a GPU alone can say besides is make gpu's.
+results: build
+	@$(PYTEST) -m 'gate and not gpu'
+	@mkdir -p $(OUT)
+	@$(PY) -m resfuse bench --full --json $(OUT)/bench.json --png $(OUT)/bench.png
+	@$(PY) -m benchmarks.peers --out $(OUT)/peers.json
+	@$(PY) -m benchmarks.families --out $(OUT)/families.json
+	@$(PY) -m benchmarks.memory --out $(OUT)/memory.json
+	@$(PY) -m benchmarks.convergence --out $(OUT)/convergence.json
+	@$(PY) -m resfuse profile --out $(OUT)/profile
+	@$(PY) -m resfuse roofline --json $(OUT)/roofline.json --png $(OUT)/roofline.png
+	@$(MAKE) suites BENCH_ARGS=--benchmark-json=$(OUT)/suites.json
 
 verify: build
 	@$(PY) -m resfuse verify
+
+NSYS_REPORTS := nvtx_gpu_proj_sum,cuda_gpu_kern_sum,cuda_gpu_mem_time_sum
+PROFILE_ARGS ?= --mode autocast-bfloat16 --batch 256 --steps 5
+
+profile: build
+	@command -v nsys >/dev/null || { \
+	  echo "make profile needs nsys on PATH (NVIDIA Nsight Systems); python -m resfuse profile does without." >&2; \
+	  exit 1; }
+	@mkdir -p $(OUT)
+	@nsys profile --force-overwrite=true --trace=cuda,nvtx,cudnn,cublas --capture-range=cudaProfilerApi \
+	  --capture-range-end=stop --output=$(OUT)/step $(PY) -m resfuse profile --capture $(PROFILE_ARGS)
+	@nsys stats --force-export=true --report $(NSYS_REPORTS) $(OUT)/step.nsys-rep
+	@nsys stats --report $(NSYS_REPORTS) --format csv --output $(OUT)/step $(OUT)/step.nsys-rep
 
 gpu: build
 	@PYTHONPATH=$(CURDIR) $(PY) benchmarks/gpu.py --out $(OUT) --parts $(PARTS)

@@ -1,38 +1,22 @@
-"""pytest-benchmark suite over blocks: `pytest benchmarks --benchmark-only`, implementations side by side.
-
-The rows' extra_info holds the device, the batch and the bytes that a step keeps and peaks at.
-"""
+"""Training steps of blocks: pytest benchmarks -k blocks --benchmark-only [--full]"""
 
 import pytest
-import torch
 
-from resfuse.bench.implementations import EAGER, RESFUSE
-from resfuse.bench.workloads import make
+from benchmarks.conftest import DEVICE
+from benchmarks.groups import workload_group
 from resfuse.testing.cases import FAMILY, PROJECTIONS, STAGES
-from resfuse.testing.environment import environment
-from resfuse.testing.memory import peak_bytes, saved_bytes
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BATCH = 64 if DEVICE.type == "cuda" else 2
+BATCH = 64 if DEVICE.type == "cuda" else 4
+QUICK = ("stage1", "stage3", "stage2-projection", "basic-stage1", "stem")
+CASES = [case.name for case in (*STAGES, *PROJECTIONS, *FAMILY)]
+MODES = ["float32", pytest.param("autocast-bfloat16", marks=pytest.mark.full)]
 
 
-@pytest.mark.parametrize("implementation", [EAGER, RESFUSE], ids=lambda each: each.name)
-@pytest.mark.parametrize("case", [*STAGES, *PROJECTIONS, *FAMILY], ids=lambda case: case.name)
-def test_train_step(case, implementation, benchmark):
-    workload = make(case.name, "float32", BATCH, DEVICE)
-    runner = workload.runner(implementation)
-    runner.step()
-    benchmark.group = case.name
-    benchmark.extra_info.update(
-        device=environment(DEVICE)["device"],
-        batch=BATCH,
-        saved_bytes=saved_bytes(runner.forward, runner.model, [runner.x]),
-        peak_bytes=peak_bytes(runner.step, DEVICE),
-    )
-
-    def step():
-        runner.step()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+@pytest.mark.parametrize("implementation", ["eager", "resfuse"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in CASES]
+)
+def test_blocks(case, mode, implementation, compare):
+    names = ("eager", "resfuse")
+    compare((case, mode), implementation, lambda: workload_group(case, mode, BATCH, names, DEVICE), 3.0)

@@ -1,5 +1,7 @@
 """Residual blocks for PyTorch that train in about half the activation memory: `resfuse.fuse(model)`."""
 
+import os
+
 from . import blocks
 from ._version import __version__
 from .arguments import ArgumentError
@@ -8,11 +10,15 @@ from .blocks.mixin import disabled
 from .blocks.plans import register_block
 from .convert import FuseConfig, FuseError, Report, explain, fuse, report, unfuse
 from .kernels.interface import Unsupported
+from .ranges import from_environment, profile_ranges
 
 __all__ = [
     "ArgumentError", "BasicBlock", "BlockDescription", "Bottleneck", "FuseConfig", "FuseError", "Part", "Report",
-    "Unsupported", "__version__", "blocks", "disabled", "explain", "fuse", "register_block", "report", "unfuse",
+    "Unsupported", "__version__", "blocks", "disabled", "explain", "fuse", "profile_ranges", "register_block", "report",
+    "unfuse",
 ]
+
+from_environment(os.environ.get("RESFUSE_NVTX", "0"))
 
 
 def __getattr__(name: str):

@@ -114,6 +114,23 @@ class ZeroPad(NamedTuple):
     stride: tuple[int, int] = (1, 1)
 
 
+class Block(NamedTuple):
+    """A residual block of a run: the arguments that `functional.conv_bn_add_relu` takes or, where there is a bn,
+    `functional.preactivation`. shortcut: None, or a ConvBN, Conv, Pooled or ZeroPad."""
+
+    convs: tuple[ConvBN | Conv, ...]
+    shortcut: ConvBN | Conv | Pooled | ZeroPad | None = None
+    relu: bool = True
+    scale: float = 1.0
+    row_scale: Tensor | None = None
+    bn: BN | None = None
+    want_stats: bool = False
+
+    @property
+    def projects(self) -> bool:
+        return isinstance(self.shortcut, (ConvBN, Conv, Pooled))
+
+
 def storage_dtype(x: Tensor, name: str = "x") -> torch.dtype:
     """The dtype that a block computes in: autocast's for what autocast casts, else x's."""
     check_plain(x, name)

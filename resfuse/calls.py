@@ -7,7 +7,7 @@ make the updates of running statistics that its forward left.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -37,6 +37,14 @@ def bn_relu(
     x: Tensor, bn: BN, pool: Window | None, stats: Stats | None, *, backend: str, steps: Steps = bn_relu_steps.DIRECT
 ) -> Tensor:
     """`functional.bn_relu`."""
+    spec, flat = described_pool(x, bn, pool, stats, backend=backend, steps=steps)
+    return run(BNReluFunction, spec, flat, x.device.type, x.dtype)
+
+
+def described_pool(
+    x: Tensor, bn: BN, pool: Window | None, stats: Stats | None, *, backend: str, steps: Steps = bn_relu_steps.DIRECT
+) -> tuple[PoolSpec, list[Tensor | None]]:
+    """The call, checked."""
     arguments.check_plain(x, "x")
     shape = arguments.check_parts([x])
     arguments.check_tensors(x, x.dtype, bn, shape[1], "bn")
@@ -50,10 +58,9 @@ def bn_relu(
     inside = _inside(x, shape, layout)
     spec = PoolSpec(
         Unit(None, bn.eps, bn.batch, KEEP, bn.group), pool, _running(bn, _rows(shape)), [], backend,
-        _differentiable([x, *tensors]), inside, layout, steps,
+        differentiable([x, *tensors]), inside, layout, steps,
     )
-    mean, var = _known(stats, bn, x, x.dtype, shape[1])
-    return _run(BNReluFunction, spec, [x, mean, var, *tensors], x.device.type, x.dtype)
+    return spec, [x, *_known(stats, bn, x, x.dtype, shape[1]), *tensors]
 
 
 class Form(NamedTuple):
@@ -120,6 +127,20 @@ def block(
     """Everything else that `functional` has: out, or (out, mean, var) where want_stats. bn: before the first
     convolution; shortcut: as documented there, or "nothing"."""
     x, dtype = parts[0], arguments.storage_dtype(parts[0])
+    weights = dict(relu=relu, scale=scale, row_scale=row_scale, gate=gate)
+    spec, inputs = described(
+        parts, dtype, bn, convs, shortcut, **weights, stats=stats, want_stats=want_stats, backend=backend, steps=steps
+    )
+    return run(BlockFunction, spec, inputs.flat(), x.device.type, dtype)
+
+
+def described(
+    parts: list[Tensor], dtype: torch.dtype, bn: BN | None, convs: Sequence[ConvBN | Conv], shortcut, *, relu: bool,
+    scale: float, row_scale: Tensor | None, gate: Tensor | None, stats: Stats | None, want_stats: bool, backend: str,
+    steps: Steps = block_steps.DIRECT,
+) -> tuple[Spec, Inputs]:
+    """A block's call, checked. parts may be what a block before is going to write (`lean.Promised`)."""
+    x = parts[0]
     kind, projection = _shortcut_kind(shortcut, len(parts))
     if convs and convs[-1].act is not None and kind == branches.NOTHING:
         relu, convs = False, convs if relu else [*convs[:-1], convs[-1]._replace(act=None)]
@@ -145,13 +166,13 @@ def block(
         running=tuple(map(_running, (*norms, *convs, *outer), settled.counts)),
         pending=[],
         backend=backend,
-        differentiable=_differentiable(inputs.flat()),
+        differentiable=differentiable(inputs.flat()),
         want_stats=want_stats,
         layout=settled.layout,
         out_layout=settled.out_layout,
         steps=steps,
     )
-    return _run(BlockFunction, spec, inputs.flat(), x.device.type, dtype)
+    return spec, inputs
 
 
 def _watched(steps: Steps, *parts: BN | ConvBN | Conv | None) -> Steps:
@@ -163,22 +184,28 @@ def _watched(steps: Steps, *parts: BN | ConvBN | Conv | None) -> Steps:
     return {block_steps.DIRECT: ops.BLOCK, bn_relu_steps.DIRECT: ops.BN_RELU}.get(steps, steps)
 
 
-def _run(function, spec: Spec | PoolSpec, flat: list[Tensor | None], device: str, dtype: torch.dtype):
+def run(function, spec: Spec | PoolSpec, flat: list[Tensor | None], device: str, dtype: torch.dtype):
     """Apply a Function, then make the updates that its forward left."""
-    dispatch.kernels(spec.backend, device, dtype)  # a set that cannot run the call says so before anything has run
+    return updating(partial(function.apply, spec, *flat), [spec], device, dtype)
+
+
+def updating(call: Callable, specs: Sequence[Spec | PoolSpec], device: str, dtype: torch.dtype):
+    """What the call gives; then the updates that the forward of its Functions left in the specs."""
+    dispatch.kernels(specs[0].backend, device, dtype)  # a set that cannot run says so before anything has run
     try:
-        found = function.apply(spec, *flat)
+        found = call()
     except _StopRecomputation:  # checkpoint has what it wants; stock BatchNorms have updated by then
-        _update(spec, device, dtype)
+        _update(specs, device, dtype)
         raise
-    _update(spec, device, dtype)
+    _update(specs, device, dtype)
     return found
 
 
-def _update(spec: Spec | PoolSpec, device: str, dtype: torch.dtype) -> None:
+def _update(specs: Sequence[Spec | PoolSpec], device: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
-        spec.steps.update_running(spec.pending, spec.backend, device, dtype)
-    spec.pending.clear()
+        for spec in specs:
+            spec.steps.update_running(spec.pending, spec.backend, device, dtype)
+            spec.pending.clear()
 
 
 # What a call's description decides ------------------------------------------------------------------------------
@@ -385,7 +412,7 @@ def _rows(shape: torch.Size) -> int:
     return shape[0] * shape[2] * shape[3]
 
 
-def _differentiable(tensors: Sequence[Tensor | None]) -> bool:
+def differentiable(tensors: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -22,15 +22,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import arguments, calls
-from .arguments import BN, Activation, ArgumentError, Conv, ConvBN, Pooled, ZeroPad
+from . import arguments, calls, lean
+from .arguments import BN, Activation, ArgumentError, Block, Conv, ConvBN, Pooled, ZeroPad
 from .calls import Form, forms
 from .functions import branches
 from .kernels.interface import Stats, Window
 
 __all__ = [
-    "BN", "Activation", "ArgumentError", "Conv", "ConvBN", "Form", "Pooled", "Stats", "Window", "ZeroPad",
-    "basic_block", "bn_relu", "bottleneck", "conv_bn_add_relu", "conv_bn_relu", "forms", "preactivation",
+    "BN", "Activation", "ArgumentError", "Block", "Conv", "ConvBN", "Form", "Pooled", "Stats", "Window", "ZeroPad",
+    "basic_block", "bn_relu", "bottleneck", "conv_bn_add_relu", "conv_bn_relu", "forms", "preactivation", "run",
+    "stem",
 ]
 
 AnyShortcut = ConvBN | Conv | Pooled | ZeroPad | Tensor | None
@@ -112,6 +113,28 @@ def preactivation(
     return (found[0], Stats(*found[1:])) if want_stats else found
 
 
+def run(
+    x: Tensor, blocks: Sequence[Block], *, leanest: bool = False, stats: Stats | None = None, backend: str = "auto"
+) -> Tensor | tuple[Tensor, Stats]:
+    """Residual blocks in a row, to the bit what they are one by one; backward makes the outputs between them again.
+
+    Of each block its convolutions' raw outputs are kept, but for those of wide 1x1s that a block makes again by itself;
+    leanest: no wide 1x1's, and neither the first convolution's, if that is a 1x1. stats: of x, as in `preactivation`;
+    (out, Stats of out) where the last block's want_stats asks.
+
+    While torch.compile makes a graph or a dispatch mode watches, the blocks run one by one and keep what they keep so.
+    """
+    if _watched():
+        found = x
+        for b in blocks:
+            weights = dict(relu=b.relu, scale=b.scale, row_scale=b.row_scale, want_stats=b.want_stats)
+            found = _block(_parts(x), b.bn, b.convs, b.shortcut, **weights, stats=stats, backend=backend)
+            x, stats = (found[0], Stats(*found[1:])) if b.want_stats else (found, None)
+    else:
+        found = lean.run(x, blocks, stats, leanest=leanest, backend=backend)
+    return found if isinstance(found, Tensor) else (found[0], Stats(*found[1:]))
+
+
 def bn_relu(
     x: Tensor, bn: BN, pool: Window | None = None, *, stats: Stats | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -125,6 +148,23 @@ def bn_relu(
 
         return graph.bn_relu(graph.autocast(x), x, bn, pool, stats, backend=backend)
     return calls.bn_relu(x, bn, pool, stats, backend=backend)
+
+
+def stem(x: Tensor, conv: Conv, bn: BN, pool: Window | None = None, *, backend: str = "auto") -> Tensor:
+    """`bn_relu(conv(x), bn, pool)`, to the bit: x is kept, and backward convolves it again by torch's convolution.
+
+    Under autocast the convolution is cast as torch's is. In a graph, and while a dispatch mode watches, the
+    convolution's output is kept.
+    """
+    wanted = calls.differentiable([x, conv.weight, conv.bias, bn.gamma, bn.beta])
+    if wanted and not _watched():
+        return lean.stem(x, conv, bn, pool, backend=backend)
+    return bn_relu(torch.conv2d(x, conv.weight, conv.bias, *conv.geometry), bn, pool, backend=backend)
+
+
+def _watched() -> bool:
+    """Whether calls must be those of single blocks, which are known to graphs and to modes as operators."""
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _block(parts: list[Tensor], bn: BN | None, convs: Sequence[ConvBN | Conv], shortcut: AnyShortcut | str, **options):

@@ -1,6 +1,7 @@
 """Blocks of timm and torchvision that are described by their parts, and rows of convolutions in nn.Sequential."""
 
 import copy
+import types
 from collections import OrderedDict
 
 import pytest
@@ -15,9 +16,10 @@ from torchvision.models.regnet import ResBottleneckBlock
 from torchvision.ops.misc import Conv2dNormActivation
 
 import resfuse
-from resfuse.blocks import preactivated
+from resfuse.blocks import _segments, preactivated
 from resfuse.blocks.described import BLOCKS
 from resfuse.blocks.mixin import FusedMixin
+from resfuse.kernels import measured
 
 timm = pytest.importorskip("timm")
 from timm import layers  # noqa: E402
@@ -273,6 +275,23 @@ def test_a_dropped_path_draws_what_timm_draws():
 def test_other_activations_are_called_as_modules():
     ((_, _, forms),) = resfuse.explain(resnet.Bottleneck(C, 4, act_layer=nn.ELU)).fused
     assert forms == "1 convolution + 1 convolution + 1 convolution; called: ELU"
+
+
+def test_unproven_activations_are_left_to_the_modules_on_a_gpu(monkeypatch):
+    on_gpu = types.SimpleNamespace(is_cuda=True)
+    row = nn.Sequential(nn.Conv2d(C, 4, 1), nn.BatchNorm2d(4), nn.SiLU())
+    steps = [_segments.step(*row)]
+    monkeypatch.setattr(measured, "UNPROVEN", {"triton": ("bn_act",)})
+    assert "SiLU have passed" in _segments.unproven(steps, on_gpu, "auto")
+    assert _segments.unproven(steps, on_gpu, "triton") is None
+    assert _segments.unproven(steps, torch.zeros(()), "auto") is None
+    assert _segments.unproven([_segments.step(*row[:2], nn.ReLU())], on_gpu, "auto") is None
+    monkeypatch.setattr(measured, "UNPROVEN", {})
+    assert _segments.unproven(steps, on_gpu, "auto") is None
+    monkeypatch.setattr(_segments, "unproven", lambda *_: "none has")
+    eager, fused = copy.deepcopy(row), resfuse.fuse(row)
+    x = torch.randn(2, C, 5, 5)
+    assert torch.equal(fused(x), eager(x)) and fused.resfuse_state.fallbacks == {"unproven": (1, "none has")}
 
 
 def test_synchronised_statistics_are_left_to_the_original_forward():

@@ -134,7 +134,7 @@ def test_not_a_module(function):
         function(3)
 
 
-LATER = [dict(memory="lean"), dict(memory=0.3), dict(deterministic=True)]
+LATER = [dict(memory="least"), dict(memory=0.0), dict(memory=1.5), dict(memory=1), dict(deterministic=True)]
 
 
 @pytest.mark.parametrize("setting", LATER, ids=str)

@@ -11,7 +11,7 @@ import resfuse
 
 ROOT = Path(resfuse.__file__).parent
 LAYERS = (
-    "convert", "blocks", "functional", "graph", "calls", "arguments", "functions", "kernels.dispatch",
+    "convert", "memory", "blocks", "functional", "graph", "lean", "calls", "arguments", "functions", "kernels.dispatch",
     "kernels.measured", "kernels.nvidia", "kernels.interface",
 )  # fmt: skip
 

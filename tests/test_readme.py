@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from resfuse.bench import coverage
+from resfuse.bench import coverage, profile, roofline
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,8 +34,10 @@ def test_the_tables_are_what_the_results_files_give(page, count):
 
 def test_the_memory_table_is_what_its_results_file_gives():
     text = (ROOT / "docs" / "memory.md").read_text()
-    (name,) = set(re.findall(r"--table (\S+\.json)", text))
-    assert "\n".join(script("memory").table(json.loads((ROOT / name).read_text()))) in text
+    names = re.findall(r"benchmarks\.(memory\w*) --table (\S+\.json)", text)
+    assert [module for module, _ in names] == ["memory", "memory_step"]
+    for module, name in names:
+        assert "\n".join(script(module).table(json.loads((ROOT / name).read_text()))) in text
 
 
 def test_the_kernel_tables_are_what_their_results_file_gives():
@@ -74,9 +77,10 @@ def test_the_overhead_table_is_what_its_results_file_gives():
     assert f"took {results['fuse_resnet50_ms']:g} ms" in text
 
 
-def test_the_coverage_table_is_what_its_results_file_gives():
+@pytest.mark.parametrize("library", coverage.LIBRARIES)
+def test_the_coverage_tables_are_what_their_results_files_give(library):
     text = (ROOT / "docs" / "models.md").read_text()
-    results = json.loads((ROOT / "benchmarks" / "results" / "coverage-torchvision.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / f"coverage-{library}.json").read_text())
     assert "\n".join(coverage.families(results)) in text and results["command"].split(" --json")[0] in text
 
 
@@ -94,6 +98,41 @@ def test_the_table_of_peers_is_what_their_results_files_give(library):
     row = f"| {library} {results['version']} | {outcomes} | {results['fused_tests']} | `{name}` |"
     assert row in (ROOT / "docs" / "models.md").read_text()
     assert all(test["without"] for test in results["failed"].values())
+
+
+def test_the_tables_of_the_roofline_are_what_their_results_file_gives():
+    text = (ROOT / "docs" / "roofline.md").read_text()
+    results, gpu = (json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("roofline", "h100"))
+    for table in (roofline.totals_table, roofline.primitives_table):
+        assert "\n".join(roofline.markdown(table(results))) in text
+    shares = [results["totals"][n]["floor_ms"] / gpu["resnet50"][n]["device_ms"] for n in ("eager", "resfuse")]
+    assert "eager's floor is {:.0%} of it,\nours {:.0%}.".format(*shares) in text
+    assert results["command"].split(" --json")[0] in text and results["ceilings"]["source"] in text
+    assert "+dirty" not in results["environment"]["commit"]
+
+
+def test_the_table_of_convergence_is_what_its_results_file_gives():
+    text = (ROOT / "docs" / "benchmarking.md").read_text()
+    results, convergence = results_of("convergence"), script("convergence")
+    assert "\n".join(convergence.table(results)) in text and results["command"] in text
+    deep = [run for run in results["runs"] if (run["network"], run["mode"]) == ("110 layers", "bfloat16")]
+    assert {run["seed"] for run in deep} >= {0, 1, 2} and "+dirty" not in results["environment"]["commit"]
+    for run in deep:  # which the page says of them
+        assert all(map(math.isfinite, run["curve"])) and run["curve"][-1] < 1 < run["curve"][0]
+
+
+def results_of(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_report_that_profiling_reads_is_in_its_results_file():
+    text = (ROOT / "docs" / "profiling.md").read_text()
+    results = json.loads((ROOT / "benchmarks" / "results" / "profile.json").read_text())
+    for name, kind, count, only in (
+        ("eager", "kernels", 9, ""), ("resfuse", "kernels", 11, ""), ("resfuse", "ranges", 9, "resfuse."),
+    ):  # fmt: skip
+        assert "\n".join(profile.table(results, name, kind, count, only)) in text
+    assert results["command"] in text and "+dirty" not in results["environment"]["commit"]
 
 
 def test_the_figure_exists_and_is_named():

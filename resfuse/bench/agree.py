@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from ..testing.environment import environment
 from .agreement import Agreement, agreement
-from .coverage import build, counts, family, names
+from .coverage import build, family, models, names
 from .results import write_json
 
-log = logging.getLogger("resfuse")
 BATCH, SIDE = 2, 64  # the latter where the model takes it, else its own
 TOLERANCE = 1e-7  # of the largest relative difference, in float64
 LARGEST = 200_000_000  # parameters; with gradients and a twin they take 32 bytes each
@@ -43,17 +40,6 @@ class Row:
     def agrees(self) -> bool:
         found = self.agreement and Agreement(**self.agreement)
         return bool(found) and found.worst < TOLERANCE and not found.fallbacks
-
-
-def rows(library: str, chosen: Sequence[str]) -> Iterator[Row]:
-    for name in track(chosen, description=library, transient=True):
-        try:
-            model, size = build(library, name)
-        except Exception as error:  # the library's own, or what it wants installed
-            log.warning("%s cannot be built: %s", name, error)
-            continue
-        if counts(model):
-            yield row(library, name, model, size)
 
 
 def row(library: str, name: str, model: nn.Module, size: tuple[int, ...]) -> Row:
@@ -88,7 +74,8 @@ def show(library: str, chosen: Sequence[str], out: Path | None, console: Console
     """Whether all that were run agree. A results file is added to: what it has is not run again."""
     found = load(out) if out is not None and out.exists() else []
     known = {each.model for each in found}
-    for each in rows(library, [name for name in chosen or names(library) if name not in known]):
+    for name, model, size in models(library, [name for name in chosen or names(library) if name not in known]):
+        each = row(library, name, model, size)
         found.append(each)
         if out is not None:
             command = f"python -m resfuse agree --library {library} --json {out}"

@@ -13,10 +13,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import agree, coverage, cuda_kernels, info, kernels, peers, plot, tables, tune, verify
-from .implementations import IMPLEMENTATIONS, Implementation
+from ..testing.cases import CASES
+from ..testing.comparison import MODES
+from ..testing.roofline.ceilings import SHEETS
+from . import agree, coverage, cuda_kernels, info, kernels, peers, plot, profile, roofline, tables, tune, verify
+from .implementations import IMPLEMENTATIONS, RESFUSE, Implementation
 from .plan import Plan, plan
 from .run import run
+from .workloads import NETWORKS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +67,26 @@ def parser() -> argparse.ArgumentParser:
     tuning.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     tuning.add_argument("--batch", type=int, default=256)
     tuning.add_argument("--seconds", type=_positive, default=1.0, help="for each comparison of tiles (default: 1)")
-    for command in (bench, training, facts, tuning):
+    where = commands.add_parser("profile", help="where a step's time and memory go, by torch.profiler")
+    where.add_argument("--subject", choices=(*NETWORKS, *CASES), default="resnet50", metavar="NAME",
+                       help="a network or block of the bench command (default: resnet50)")
+    where.add_argument("--mode", choices=MODES, default="float32")
+    where.add_argument("--batch", type=int, default=8)
+    where.add_argument("--steps", type=int, default=3)
+    where.add_argument("--implementations", default="eager,resfuse", metavar="NAMES",
+                       help=f"of {', '.join(IMPLEMENTATIONS)}; default: eager,resfuse")
+    where.add_argument("--out", type=Path, default=Path("resfuse-profile"), metavar="FOLDER")
+    where.add_argument("--capture", action="store_true", help="steps of resfuse for nsys to record: make profile")
+    floors = commands.add_parser("roofline", help="bytes, operations and floors of a model's step; needs no GPU")
+    floors.add_argument("--model", default="resnet50", help="of torchvision or timm (default: resnet50)")
+    floors.add_argument("--batch", type=int, default=256)
+    floors.add_argument("--pixels", type=int, default=224)
+    floors.add_argument("--dtype", choices=roofline.DTYPES, default="bf16", help="autocast's, or fp32 (default: bf16)")
+    floors.add_argument("--device", choices=SHEETS, default="h200", help="whose data sheet is taken (default: h200)")
+    floors.add_argument("--ceilings", type=Path, metavar="PATH", help="results file of a device, in place of a sheet")
+    floors.add_argument("--json", type=Path, metavar="PATH", help="results file")
+    floors.add_argument("--png", type=Path, metavar="PATH", help="figure")
+    for command in (bench, training, facts, tuning, where):
         command.add_argument(
             "--device", type=torch.device, default=_default_device(), help="default: cuda if there is one"
         )
@@ -83,11 +106,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verify.show(found, console)
         verify.write(found, options.json, options.png)
         return 0 if found.passed else 1
-    if options.command == "peers":
-        return peers.run(options.library, options.checkout, options.pytest, options.json, console)
     if options.command == "agree":
         return 0 if agree.show(options.library, options.models, options.json, console) else 1
-    if options.command == "coverage":
+    if options.command == "peers":
+        return peers.run(options.library, options.checkout, options.pytest, options.json, console)
+    if options.command == "profile" and options.capture:
+        profile.capture(options.subject, options.mode, options.batch, RESFUSE.name, options.steps, options.device)
+    elif options.command == "profile":
+        profile.run(
+            options.subject, options.mode, options.batch, options.implementations.split(","), options.steps,
+            options.device, options.out, console,
+        )
+    elif options.command == "roofline":
+        roofline.run(
+            options.model, options.batch, options.pixels, options.dtype, options.device, options.ceilings,
+            options.json, options.png, console,
+        )
+    elif options.command == "coverage":
         coverage.show(options.library, options.models, options.json, console)
     elif options.command == "kernels":
         kernels.show(options.arch, getattr(torch, options.dtype), console)

@@ -98,7 +98,8 @@ def counts(model: nn.Module) -> bool:
     return kinds[nn.BatchNorm2d] > 0 and 2 * kinds[nn.BatchNorm2d] >= kinds[nn.Conv2d]
 
 
-def rows(library: str, chosen: Sequence[str]) -> Iterator[Row]:
+def models(library: str, chosen: Sequence[str]) -> Iterator[tuple[str, nn.Module, tuple[int, ...]]]:
+    """Name, model without data, and an input's size, of those chosen that count."""
     for name in track(chosen, description=library, transient=True):
         try:
             model, size = build(library, name)
@@ -106,7 +107,7 @@ def rows(library: str, chosen: Sequence[str]) -> Iterator[Row]:
             log.warning("%s cannot be built: %s", name, error)
             continue
         if counts(model):
-            yield row(name, model, size)
+            yield name, model, size
 
 
 def row(name: str, model: nn.Module, size: tuple[int, ...]) -> Row:
@@ -122,11 +123,11 @@ def family(model: nn.Module) -> str:
 
 
 def show(library: str, chosen: Sequence[str], out: Path | None, console: Console) -> None:
-    found = list(rows(library, chosen or names(library)))
+    found = [row(*each) for each in models(library, chosen or names(library))]
     if out is not None:
         facts, command = environment("cpu"), f"python -m resfuse coverage --library {library} --json {out}"
-        models = [asdict(each) for each in found]
-        write_json(out, {"command": command, "environment": facts, "library": library, "models": models})
+        content = {"command": command, "environment": facts, "library": library}
+        write_json(out, {**content, "models": [asdict(each) for each in found]})
     table = Table(title=f"Share of convolution multiply-adds in fused blocks, {library}", title_justify="left")
     for column in ("model", "fused", "blocks", "others"):
         table.add_column(column, justify="right" if column in ("fused", "blocks") else "left")

@@ -60,25 +60,27 @@ class Verification:
 
 
 def verify(
-    seeds: Iterable[int] = range(3), steps: int = 200, device: torch.device | str = "cpu", fuse: Fuse = resfuse.fuse
+    seeds: Iterable[int] = range(3), steps: int = 200, device: torch.device | str = "cpu", fuse: Fuse = resfuse.fuse,
+    make: Callable[..., nn.Module] = small_resnet, autocast: torch.dtype | None = None,
 ) -> Verification:
-    """Train every seed twice. At least two seeds are needed for a spread (ValueError)."""
+    """Train make(seed=seed) twice, for every seed, in float32 or under autocast. At least two seeds are needed for a
+    spread (ValueError)."""
     seeds, began = list(seeds), time.perf_counter()
     if len(seeds) < 2:
         raise ValueError(f"verify needs at least 2 seeds to know eager's own spread, got {len(seeds)}")
-    data = [part.to(device) for part in _digits()]
+    data = [part.to(device) for part in digits()]
     eager, fused, eager_accuracy, fused_accuracy, kappas = [], [], [], [], []
     for seed in seeds:
-        start = small_resnet(seed=seed).to(device)
+        start = make(seed=seed).to(device)
         model = copy.deepcopy(start)
-        eager.append(_train(model, data, seed, steps))
-        eager_accuracy.append(_accuracy(model, data))
+        eager.append(train(model, data, seed, steps, autocast))
+        eager_accuracy.append(accuracy_of(model, data))
         kappas.append(largest_kappa(model, data[0][:BATCH]))
         model = fuse(copy.deepcopy(start))
-        fused.append(_train(model, data, seed, steps))
-        fused_accuracy.append(_accuracy(model, data))
-    distance = max(_distance(a, b) for a, b in zip(eager, fused, strict=True))
-    spread = median(_distance(a, b) for a, b in combinations(eager, 2))
+        fused.append(train(model, data, seed, steps, autocast))
+        fused_accuracy.append(accuracy_of(model, data))
+    distance = max(curve_distance(a, b) for a, b in zip(eager, fused, strict=True))
+    spread = median(curve_distance(a, b) for a, b in combinations(eager, 2))
     return Verification(
         str(device), steps, seeds, eager, fused, eager_accuracy, fused_accuracy, distance, spread, *max(kappas),
         time.perf_counter() - began,
@@ -125,18 +127,20 @@ def write(found: Verification, json_path: Path | None, png_path: Path | None) ->
         _plot(found, png_path)
 
 
-def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images [N, 1, 8, 8] and labels, then those held out: every fifth."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
-    labels = torch.from_numpy(digits.target).long()
+    loaded = load_digits()
+    images = torch.from_numpy(loaded.images).float().unsqueeze(1) / 8 - 1
+    labels = torch.from_numpy(loaded.target).long()
     held_out = torch.arange(len(labels)) % 5 == 0
     return images[~held_out], labels[~held_out], images[held_out], labels[held_out]
 
 
-def _train(model: nn.Module, data: list[Tensor], seed: int, steps: int) -> list[float]:
+def train(
+    model: nn.Module, data: list[Tensor], seed: int, steps: int, autocast: torch.dtype | None
+) -> list[float]:
     images, labels = data[:2]
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9, weight_decay=1e-4)
@@ -144,7 +148,9 @@ def _train(model: nn.Module, data: list[Tensor], seed: int, steps: int) -> list[
     model.train()
     for _ in range(steps):
         batch = torch.randint(0, len(labels), (BATCH,), generator=generator).to(images.device)
-        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        with torch.autocast(images.device.type, dtype=autocast, enabled=autocast is not None):
+            logits = model(images[batch])
+        loss = F.cross_entropy(logits.float(), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -153,13 +159,13 @@ def _train(model: nn.Module, data: list[Tensor], seed: int, steps: int) -> list[
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, data: list[Tensor]) -> float:
+def accuracy_of(model: nn.Module, data: list[Tensor]) -> float:
     model.eval()
     right = model(data[2]).argmax(1) == data[3]
     return right.float().mean().item()
 
 
-def _distance(a: list[float], b: list[float]) -> float:
+def curve_distance(a: list[float], b: list[float]) -> float:
     """Root mean square of the difference of the logarithms of two curves, each averaged over WINDOW steps.
 
     Infinite where either holds a loss that is not finite.

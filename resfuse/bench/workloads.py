@@ -37,16 +37,23 @@ def _torchvision(name: str) -> nn.Module:
     return getattr(models, name)()
 
 
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name)
+
+
 TORCHVISION = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
     "wide_resnet50_2", "densenet121", "densenet169",
 )
+TIMM = ("resnet50d", "seresnet50", "resnetv2_50")
 NETWORKS = {
     **{name: Network(partial(_torchvision, name), 224) for name in TORCHVISION},
-    "resnet50-eval": Network(partial(_torchvision, "resnet50"), 224, training=False),
+    **{f"timm-{name}": Network(partial(_timm, name), 224) for name in TIMM},
     "small-resnet": Network(lambda: small_resnet(in_channels=3, classes=CLASSES), 32),
-    "small-resnet-eval": Network(lambda: small_resnet(in_channels=3, classes=CLASSES), 32, training=False),
 }
+NETWORKS |= {f"{name}-eval": replace(network, training=False) for name, network in NETWORKS.items()}
 
 
 @dataclass

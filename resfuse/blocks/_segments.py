@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..kernels import measured
 from ..kernels.interface import Activation, Reason
-from .mixin import conv_refusal, norm_refusal, pads_same, read_modules, wrapped
+from .mixin import Unproven, conv_refusal, norm_refusal, pads_same, read_modules, wrapped
 
 FUSED = {  # what the kernels have, besides ReLU
     nn.LeakyReLU: "leaky_relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish",
@@ -102,6 +104,23 @@ def refusal(block: nn.Module, steps: Iterable[Step]) -> Reason | None:
             return reason
         norms.add(id(norm))
     return None
+
+
+def check_proven(steps: Iterable[Step], x: Tensor, backend: str) -> None:
+    """Raises Unproven for what `unproven` says."""
+    text = unproven(steps, x, backend)
+    if text is not None:
+        raise Unproven(text)
+
+
+def unproven(steps: Iterable[Step], x: Tensor, backend: str) -> str | None:
+    """Why the modules are better: `auto` would do an activation by the eager set, in more passes than they make."""
+    if backend != "auto" or not x.is_cuda or not measured.newer("bn_act") or torch.compiler.is_compiling():
+        return None
+    names = [type(step.after[0]).__name__ for step in steps if step.after and type(step.after[0]) in FUSED]
+    if not names:
+        return None
+    return f'the kernels of {names[0]} have passed their tests on no GPU yet; backend="triton" runs them'
 
 
 def bypassed(steps: Iterable[Step]) -> Iterator[nn.Module]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..kernels.interface import Reason
-from . import _stats, modules
+from . import _stats, modules, stem
 from ._pool import pool_refusal, window
 from .mixin import export, norm_refusal, read_norm
 
@@ -22,8 +22,13 @@ def refusal(block: modules.BNReLU | modules.Stem) -> Reason | None:
 
 def run(block: modules.BNReLU | modules.Stem, x: Tensor, backend: str) -> Tensor:
     if _pools(block):
-        return functional.bn_relu(block.conv(x), read_norm(block.bn), window(block.maxpool), backend=backend)
+        return stem.convolved(x, block, block.conv, block.bn, window(block.maxpool), backend)
     return functional.bn_relu(x, read_norm(block.bn), stats=_stats.take(x), backend=backend)
+
+
+def stem_ends(block: modules.BNReLU | modules.Stem) -> tuple[str, str] | None:
+    """As in `stem.py`; None without a convolution."""
+    return ("conv", "maxpool") if _pools(block) else None
 
 
 def forms(block: modules.BNReLU | modules.Stem) -> str:

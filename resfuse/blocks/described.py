@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional import Pooled
+from ..functional import Block, Pooled
 from ..kernels.interface import Reason
 from . import _segments
 from ._drop_path import drops_rows, row_scale
@@ -158,13 +158,13 @@ def watched(block: nn.Module) -> list[nn.Module]:
 
 def run(block: nn.Module, x: Tensor, backend: str, given: Tensor | None = None, *_) -> Tensor:
     """given: what is added in the place of x, in blocks with an identity for their shortcut."""
-    steps, attention, drop_path, shortcut, activation = find(block, BLOCKS[original_name(block)])
+    found = find(block, BLOCKS[original_name(block)])
+    steps, attention, drop_path, shortcut, activation = found
+    _segments.check_proven(steps, x, backend)
     shortcut = shortcut if given is None else given
     *before, last = _segments.segments(steps)
-    called = len(attention) + len(last.then) > 0
-    fits = not (called or last.ends or (drop_path is not None and not drops_rows(drop_path)))
     y = _segments.run(before, x, backend)
-    if isinstance(shortcut, str) or not fits:
+    if isinstance(shortcut, str) or not _fits(found, last):
         y = _segments.run([last], y, backend)
         for module in attention:
             y = module(y)
@@ -177,6 +177,31 @@ def run(block: nn.Module, x: Tensor, backend: str, given: Tensor | None = None, 
     rows = None if drop_path is None else row_scale(drop_path, x, convs[-1].weight)
     out = functional.conv_bn_add_relu(y, *convs, shortcut=beside, relu=relu, row_scale=rows, backend=backend)
     return out if relu or activation is None else activation(out)
+
+
+def _fits(found: Found, last: Segment) -> bool:
+    """Whether nothing is called between the last chain and the sum."""
+    called = len(found.attention) + len(last.then) > 0 or last.ends
+    return not called and (found.drop_path is None or drops_rows(found.drop_path))
+
+
+def as_block(block: nn.Module, x: Tensor) -> Block | Reason:
+    """As a run has it."""
+    found = find(block, BLOCKS[original_name(block)])
+    *before, last = _segments.segments(found.steps)
+    if isinstance(found.shortcut, str):
+        return Reason("no_shortcut", "it has no shortcut")
+    called = len(before) > 0 or not _fits(found, last) or _segments.pads_same(last.pairs[0][0])
+    if called or not (found.shortcut is None or isinstance(found.shortcut, Beside)):
+        return Reason("called", "it calls modules of its own")
+    if type(found.activation) not in (nn.ReLU, type(None)):
+        return Reason("called", f"it calls its {type(found.activation).__name__}")
+    unproven = _segments.unproven(found.steps, x, block.resfuse_state.backend)
+    if unproven:
+        return Reason("unproven", unproven)
+    convs = tuple(_segments.convs(last))
+    rows = None if found.drop_path is None else row_scale(found.drop_path, x, convs[-1].weight)
+    return Block(convs, _argument(found.shortcut, x), type(found.activation) is nn.ReLU, row_scale=rows)
 
 
 def forms(block: nn.Module) -> str:

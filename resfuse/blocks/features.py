@@ -108,6 +108,7 @@ def watched(model: nn.Module) -> list[nn.Module]:
 
 def run(model: nn.Module, x: Tensor, backend: str) -> Tensor:
     described, (stem, head) = BLOCKS[original_name(model)], find(model)
+    _segments.check_proven([step for step in (stem, head) if step is not None], x, backend)
     if stem is not None:
         x = _segments.run(_segments.segments([stem]), x, backend)
         x = x if described.pool is None else getattr(model, described.pool)(x)

@@ -48,21 +48,40 @@ class disabled:
         _disabled.reset(self.token)
 
 
+class Unproven(ArgumentError):
+    """The original forward is the better choice until kernels have been tested where the call is."""
+
+
 class State:
-    """What a fused module carries besides its own attributes: its backend, per code the count of calls that ran the
-    original forward and the last one's reason, and how the module was when it was last looked at (`gate.py`)."""
+    """What a fused module carries besides its own attributes.
+
+    backend; memory: what it keeps, as in `FuseConfig`; every: after how many blocks a run keeps an output; share: the
+    model's peak so, as a share of eager's, None where that was not counted; fallbacks, splits: per code the count of
+    calls that ran the original forward, or cut a run, and the last one's reason; record: how the module was when it was
+    last looked at (`gate.py`).
+    """
 
     record: tuple | None = None
 
-    def __init__(self, backend: str = "auto"):
-        self.backend = backend
+    def __init__(
+        self, backend: str = "auto", memory: str = "balanced", every: int = 1, share: float | None = None
+    ):
+        self.backend, self.memory, self.every, self.share = backend, memory, every, share
         self.fallbacks: dict[str, tuple[int, str]] = {}
+        self.splits: dict[str, tuple[int, str]] = {}
 
     def __getstate__(self) -> dict:
-        return {"backend": self.backend, "fallbacks": self.fallbacks}  # a copy is looked at anew
+        return {name: held for name, held in self.__dict__.items() if name != "record"}  # a copy is looked at anew
 
     def count(self, reason: Reason) -> None:
-        self.fallbacks[reason.code] = self.fallbacks.get(reason.code, (0, ""))[0] + 1, reason.text
+        _count(self.fallbacks, reason)
+
+    def split(self, reason: Reason) -> None:
+        _count(self.splits, reason)
+
+
+def _count(counts: dict[str, tuple[int, str]], reason: Reason) -> None:
+    counts[reason.code] = counts.get(reason.code, (0, ""))[0] + 1, reason.text
 
 
 class Pair(NamedTuple):
@@ -103,7 +122,7 @@ class FusedMixin:
             try:
                 return self.plan.run(self, x, self.resfuse_state.backend, *others)
             except ArgumentError as error:
-                reason = Reason("argument", str(error))
+                reason = Reason("unproven" if isinstance(error, Unproven) else "argument", str(error))
         if reason.code != "disabled":
             self.resfuse_state.count(reason)
         return original(x, *others)

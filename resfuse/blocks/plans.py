@@ -8,6 +8,8 @@ A plan is a module of this package with
     refusal(block)          why the block must run its original forward, or None
     run(block, x, backend)  the fused forward
     forms(block)            what `explain` says of it
+    as_block(block, x)      where a run may hold it: its `functional.Block`, or why not; draws what a call draws
+    stem_ends(block)        where it is a stem: the names of its convolution and of its last module
     applies(block)          where not every block of the classes is meant: whether this one is
     METHOD                  "forward_features" where that is what is replaced
 and, where a class has a name of its own, as attributes of the originals' names, the fused classes.
@@ -34,7 +36,7 @@ from . import (
     stem,
 )  # fmt: skip
 from .descriptions import BlockDescription, Part
-from .mixin import qualified_name
+from .mixin import FusedMixin, qualified_name
 
 PLANS: dict[str, ModuleType] = {
     original: plan
@@ -63,6 +65,12 @@ def register_block(block: type[nn.Module] | str, description: BlockDescription) 
     if PLANS.get(name, described) is not described or described.BLOCKS.get(name, description) != description:
         raise ValueError(f"{name} has a fused form already")
     described.BLOCKS[name], PLANS[name] = description, described
+
+
+def plan_of(module: nn.Module) -> ModuleType | None:
+    """The plan that a module has, or would have if it were fused."""
+    plan = module.plan if isinstance(module, FusedMixin) else plan_for(type(module))
+    return None if plan is not None and hasattr(plan, "applies") and not plan.applies(module) else plan
 
 
 def plan_for(cls: type) -> ModuleType | None:

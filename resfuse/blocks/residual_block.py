@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional import Pooled, Window, ZeroPad
+from ..functional import Block, Pooled, Window, ZeroPad
 from ..kernels.interface import Reason
 from . import _stats, modules
 from .mixin import Pair, conv_refusal, export, norm_refusal, read_conv, read_norm, read_pair
@@ -51,6 +51,22 @@ def run(block: modules.ResidualBlock, x: Tensor, backend: str) -> Tensor:
         x, bn, *convs, shortcut=shortcut, **weights, stats=_stats.take(x), want_stats=hand_on, backend=backend
     )
     return _stats.leave(*found) if hand_on else found
+
+
+def as_block(block: modules.ResidualBlock, x: Tensor) -> Block | Reason:
+    """As a run has it."""
+    if "gate" in block._modules:
+        return Reason("gate", "its gate reads the block's input")
+    if block.kind == "none":
+        return Reason("no_shortcut", "it has no shortcut")
+    convs, projection = _convs(block)
+    block_of = Block(
+        tuple(convs), _shortcut(block, projection), relu=block.relu, scale=block.scale, row_scale=block.row_scale(x)
+    )
+    if not block.preactivation:
+        return block_of
+    bn = read_norm(block.bn1)
+    return block_of._replace(bn=bn, want_stats=bn.training and _stats.can_carry())
 
 
 def forms(block: modules.ResidualBlock) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .. import functional
-from ..arguments import ConvBN
+from ..arguments import Block, ConvBN
 from ..kernels.interface import Reason
 from .mixin import Pair, export, original_class, pair_refusal, plain_refusal, read_pair, wrapped
 
@@ -43,6 +43,12 @@ def convs(block: nn.Module) -> tuple[ConvBN, ...]:
 def run(block: nn.Module, x: Tensor, backend: str) -> Tensor:
     block_of = functional.bottleneck if "conv3" in block._modules else functional.basic_block
     return block_of(x, *convs(block), backend=backend)
+
+
+def as_block(block: nn.Module, _: Tensor) -> Block:
+    """As a run has it."""
+    found = convs(block)
+    return Block(found) if block.downsample is None else Block(found[:-1], found[-1])
 
 
 def forms(block: nn.Module) -> str:

@@ -60,7 +60,9 @@ def watched(block: nn.Sequential) -> list[nn.Module]:
 
 
 def run(block: nn.Sequential, x: Tensor, backend: str) -> Tensor:
-    for part in find(block):
+    parts = find(block)
+    _segments.check_proven((step for part in parts if isinstance(part, list) for step in part), x, backend)
+    for part in parts:
         x = _segments.run(_segments.segments(part), x, backend) if isinstance(part, list) else part(x)
     return x
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from .. import functional
-from ..kernels.interface import Reason
+from ..kernels.interface import Reason, Window
 from ._pool import pool_refusal, window
-from .mixin import export, norm_refusal, plain_refusal, read_norm
+from .mixin import conv_refusal, export, norm_refusal, plain_refusal, read_conv, read_norm
 
 ORIGINALS = ("torchvision.models.resnet.ResNet",)
 LISTS = False
@@ -26,11 +26,25 @@ def refusal(model: nn.Module) -> Reason | None:
     )
 
 
+def convolved(
+    x: torch.Tensor, block: nn.Module, conv: nn.Module, bn: nn.Module, pool: Window | None, backend: str
+) -> torch.Tensor:
+    """The stem; where memory is leanest its convolution is not called but read, if it is no more than that."""
+    if block.resfuse_state.memory == "leanest" and conv_refusal("conv", conv) is None:
+        return functional.stem(x, read_conv(conv), read_norm(bn), pool, backend=backend)
+    return functional.bn_relu(conv(x), read_norm(bn), pool, backend=backend)
+
+
 def run(model: nn.Module, x: torch.Tensor, backend: str) -> torch.Tensor:
-    x = functional.bn_relu(model.conv1(x), read_norm(model.bn1), window(model.maxpool), backend=backend)
+    x = convolved(x, model, model.conv1, model.bn1, window(model.maxpool), backend)
     for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
         x = layer(x)
     return model.fc(torch.flatten(model.avgpool(x), 1))
+
+
+def stem_ends(_: nn.Module) -> tuple[str, str]:
+    """The names of the stem's convolution and of its last module."""
+    return "conv1", "maxpool"
 
 
 def forms(model: nn.Module) -> str:

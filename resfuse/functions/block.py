@@ -149,15 +149,64 @@ def _forward(k, spec: Spec, inputs: Inputs):
         k, spec.shortcut, tensors, source, inputs.residual, spec.layout
     )
     want = Want(mask=spec.differentiable and mask_needed(spec), stats=spec.want_stats)
-    act = spec.units[-1].act
-    if act is None:
-        written = branches.write(k, made.main, inputs.total(spec, residual), want)
-    else:
-        written = Written(k.bn_act(made.main._replace(act=act)))
+    written = _written(k, spec, inputs, made.main, residual, want)
     beside = [(shortcut_stats, shortcut_kept)] if inputs.shortcut else []
     kept = (*norm_kept, *made.kept, *(vectors for _, vectors in beside))
     stats = (*norm_stats, *made.stats, *(measured for measured, _ in beside))
     return written, Saved(made.zs, branches.kept_output(spec.shortcut, residual), written.mask, kept), stats
+
+
+def _written(k, spec: Spec, inputs: Inputs, main, residual, want: Want) -> Written:
+    act = spec.units[-1].act
+    if act is None:
+        return branches.write(k, main, inputs.total(spec, residual), want)
+    return Written(k.bn_act(main._replace(act=act)))
+
+
+def again(spec: Spec, flat: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """(out, mask) as forward made them, bit by bit, without a convolution that is not 1x1 and without statistics.
+
+    saved: in the order of `Saved.flat`; of its raw outputs the last alone is read, and the mask is not.
+    """
+    k = dispatch.kernels(spec.backend, flat[0].device.type, flat[0].dtype)
+
+    def call():
+        with torch.autocast(flat[0].device.type, enabled=False):
+            return _again(k, spec, Inputs.arrange(spec, flat), Saved.arrange(spec, saved))
+
+    return replay.run(k, "block_again", spec, [*flat, *saved], call)
+
+
+def _again(k, spec: Spec, inputs: Inputs, saved: Saved) -> tuple[Tensor, Tensor | None]:
+    inputs = _dense_parts(spec, inputs)
+    norm_kept, kept, shortcut_kept = _kept_by_role(spec, saved.kept)
+    x = None
+    if spec.norm is None or spec.shortcut.kind in (IDENTITY, PADDED):
+        x = branches.joined(inputs.parts, spec.layout)
+    first = x if spec.norm is None else _activated(k, spec, inputs.parts, norm_kept)
+    main = _main_again(k, spec, inputs, saved.zs, kept, first)
+    residual = branches.shortcut_again(
+        k, spec.shortcut, inputs.shortcut[0] if inputs.shortcut else None, shortcut_kept,
+        first if spec.shortcut.kind == PROJECTION else x, inputs.residual, spec.layout, saved.shortcut_z,
+    )
+    written = _written(k, spec, inputs, main, residual, Want(mask=mask_needed(spec)))
+    return written.out.contiguous(memory_format=spec.out_layout), written.mask
+
+
+def first_again(spec: Spec, flat: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> Tensor:
+    """The first convolution's raw output as forward made it, bit by bit."""
+    k = dispatch.kernels(spec.backend, flat[0].device.type, flat[0].dtype)
+
+    def call():
+        with torch.autocast(flat[0].device.type, enabled=False):
+            inputs = _dense_parts(spec, Inputs.arrange(spec, flat))
+            if spec.norm is None:
+                first = branches.joined(inputs.parts, spec.layout)
+            else:
+                first = _activated(k, spec, inputs.parts, Saved.arrange(spec, saved).kept[0])
+            return units.raw(k, spec.units[0], inputs.units[0], first)
+
+    return replay.run(k, "block_first_again", spec, [*flat, *saved], call)
 
 
 def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: Inputs) -> tuple:
@@ -179,7 +228,8 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
     if inputs.gate is not None and needs.gate:
         main = _main_again(k, spec, inputs, saved.zs, kept, first)
         residual = branches.shortcut_again(
-            k, spec.shortcut, tensors, shortcut_kept, first if projection else x, inputs.residual, spec.layout
+            k, spec.shortcut, tensors, shortcut_kept, first if projection else x, inputs.residual, spec.layout,
+            saved.shortcut_z,
         )
     elif (spec.relu and saved.mask is None) or spec.units[-1].act is not None:
         y = units.activated(k, spec.units[-1], kept[-1], saved.zs[-1])
@@ -235,12 +285,9 @@ def _kept_by_role(spec: Spec, kept: Sequence[Kept]) -> tuple[Kept | None, Sequen
 def _main_again(k, spec: Spec, inputs: Inputs, zs, kept: Sequence[Kept], first: Act):
     """The main branch's recipe, in backward."""
     last = len(spec.units) - 1
-    unit, t = spec.units[last], inputs.units[last]
-    a = chain.activation(k, spec.units, last, first, zs, kept)
-    if unit.form == KEEP:
-        return units.recipe(unit, t, kept[last], a, zs[-1])
-    z = None if unit.form == units.COVARIANCE else units.raw(k, unit, t, a)
-    return units.recipe(unit, t, kept[last], units.sampled(a, unit.geometry.stride), z)
+    unit, z = spec.units[last], zs[-1] if spec.units[last].form == KEEP else None
+    a = None if unit.form == KEEP else chain.activation(k, spec.units, last, first, zs, kept)
+    return units.again(k, unit, inputs.units[last], kept[last], a, z)
 
 
 # The norm before the first convolution ---------------------------------------------------------------------------

@@ -168,15 +168,13 @@ def shortcut_forward(
 
 def shortcut_again(
     k, shortcut: Shortcut, t: Tensors | None, kept: Kept | None, source: Tensor, given: Tensor | None,
-    layout: torch.memory_format,
+    layout: torch.memory_format, z: Tensor | None,
 ) -> Residual:
-    """The residual of `shortcut_forward`, in backward."""
+    """The residual of `shortcut_forward`, in backward. z: a projection's, if kept."""
     if shortcut.kind != PROJECTION:
         return _plain_residual(shortcut, source, given, layout)
-    a, z = _pooled(k, shortcut, source), None
-    if shortcut.unit.form != COVARIANCE:
-        z = units.raw(k, shortcut.unit, t, a)
-    return units.recipe(shortcut.unit, t, kept, units.sampled(a, shortcut.unit.geometry.stride), z)
+    a = _pooled(k, shortcut, source) if z is None else None
+    return units.again(k, shortcut.unit, t, kept, a, z)
 
 
 def shortcut_backward(

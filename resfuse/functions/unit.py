@@ -159,6 +159,15 @@ def recipe(unit: Unit, t: Tensors, kept: Kept, a: Act, z: Tensor | None) -> Norm
     return Norm(z, kept.scale, kept.shift, relu=False)
 
 
+def again(kernels, unit: Unit, t: Tensors, kept: Kept, a: Act | None, z: Tensor | None) -> Norm | Second:
+    """`forward`'s recipe, in backward: of z where that was kept, else of the input activation."""
+    if unit.form == COVARIANCE:
+        a = kernels.prepare(sampled(a, unit.geometry.stride), t.weight.shape[0])
+    elif z is None:
+        z = raw(kernels, unit, t, a)
+    return recipe(unit, t, kept, a, z)
+
+
 def raw(kernels, unit: Unit, t: Tensors, a: Act) -> Tensor:
     """z, made again."""
     return kernels.conv_stats(a, t.weight.to(dtype_of(a)), unit.geometry, stats=False)[0]

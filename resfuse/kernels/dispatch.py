@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -22,6 +23,7 @@ log = logging.getLogger("resfuse")
 
 ORDER = ("triton", "cuda", "cpu", "eager")  # preferred first
 _fallbacks: dict[tuple[str, str, str], Reason] = {}
+_within: Callable | None = None
 
 
 def backends() -> tuple[str, ...]:
@@ -65,7 +67,7 @@ def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
     return SimpleNamespace(
         chosen={p: s[0] for p, s in chosen.items()}, replays={},
         any_activation=all(getattr(each, "ANY_ACTIVATION", False) for each in readers),
-        **{p: _first_able(p, s) for p, s in chosen.items()},
+        **{p: _seen(p, _first_able(p, s)) for p, s in chosen.items()},
     )  # fmt: skip
 
 
@@ -82,6 +84,35 @@ def missing(backend: str, device: str, dtype: torch.dtype) -> list[Reason]:
 def fallbacks() -> list[tuple[str, str, Reason]]:
     """(primitive, kernel set, reason) of every refusal that sent a call to the next set, each once."""
     return [(primitive, name, reason) for (primitive, name, _), reason in _fallbacks.items()]
+
+
+@contextmanager
+def watched(within: Callable) -> Iterator[None]:
+    """Inside, a Function calls a primitive within(its name, its operands), a context whose value is called with the
+    result. What is called is another function then, so that nobody pays for it outside."""
+    global _within
+    before, _within = _within, within
+    kernels.cache_clear()
+    try:
+        yield
+    finally:
+        _within = before
+        kernels.cache_clear()
+
+
+def _seen(primitive: str, function: Callable) -> Callable:
+    if _within is None:
+        return function
+    within = _within
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        with within(primitive, (*args, *kwargs.values())) as gave:
+            result = function(*args, **kwargs)
+            gave(result)
+            return result
+
+    return call
 
 
 def _first_able(primitive: str, names: list[str]) -> Callable:

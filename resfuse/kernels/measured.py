@@ -38,6 +38,11 @@ def proven(kernel_set: str, device: str) -> bool:
     return kernel_set not in PROVEN or _capability(device) in PROVEN[kernel_set]
 
 
+def newer(primitive: str) -> bool:
+    """Whether its kernels for GPUs have passed their tests on none yet."""
+    return any(primitive in names for names in UNPROVEN.values())
+
+
 def preferred(device: str, dtype: torch.dtype) -> dict[str, str]:
     """The measured set of each primitive that has one."""
     here = _capability(device) if PREFERENCES else None

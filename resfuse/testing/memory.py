@@ -54,18 +54,24 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str = "cpu") -
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    return max((held for _, held in timeline(call)), default=0)
+
+
+def timeline(call: Callable[[], object]) -> list[tuple[float, int]]:
+    """(microseconds, bytes held above those when it began) after each allocation and release on the CPU while `call()`
+    ran, as torch reports them to its profiler."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or it reports the absence of a GPU as an error
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
         call()
-    held = peak = 0
-    for _, change in sorted(_memory_events(profile)):
+    held, found = 0, []
+    for time, change in sorted(memory_events(profile)):
         held += change
-        peak = max(peak, held)
-    return peak
+        found.append((time, held))
+    return found
 
 
-def _memory_events(profile: torch.profiler.profile) -> list[tuple[float, int]]:
+def memory_events(profile: torch.profiler.profile) -> list[tuple[float, int]]:
     """(time, bytes allocated or, negative, released) of each CPU memory event, from the trace that torch exports."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from twins import fell_back, is_fused, operands, step, twins
 
 import resfuse
+from resfuse.testing.models import small_resnet
 
 
 def data(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,6 +106,52 @@ def _second_order_raises(group: dist.ProcessGroup, name: str, dtype: torch.dtype
     x, dout = operands(name, dtype)
     with pytest.raises(RuntimeError, match="gradients of gradients through SyncBatchNorm"):
         torch.autograd.grad(ours(x), x, dout, create_graph=True)
+
+
+def row() -> tuple[nn.Sequential, nn.Sequential, torch.Tensor]:
+    """(eager, a run of the same blocks, this rank's input)."""
+    eager = small_resnet(in_channels=3, seed=0).stages
+    ours = resfuse.fuse(copy.deepcopy(eager), config=resfuse.FuseConfig(memory="leanest"))
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    return eager, ours, torch.randn(2, 32, 10, 10, generator=generator).contiguous(memory_format=torch.channels_last)
+
+
+def trained(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.square().sum().backward()
+    grads = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+    return {"out": out.detach(), "dx": x.grad, **whole}
+
+
+def run_ddp() -> list[dict[str, torch.Tensor]]:
+    eager, ours, x = row()
+    return [trained(DistributedDataParallel(model), x) for model in (ours, eager)]
+
+
+def run_fsdp() -> list[dict[str, torch.Tensor]]:
+    from torch.distributed.fsdp import fully_shard
+
+    found = []
+    eager, ours, x = row()
+    for model in (ours, eager):
+        model.to(memory_format=torch.contiguous_format)
+        for block in model[1:3]:
+            fully_shard(block, mesh=dist.init_device_mesh("cpu", (dist.get_world_size(),)))
+        found.append(trained(model, x))
+    assert [(code, count) for _, code, _, count in resfuse.report(ours).splits] == [("inner_hook", 2)]
+    return found
+
+
+def run_sync() -> list[dict[str, torch.Tensor]]:
+    """[run's, of the same blocks one by one]: torch's own SyncBatchNorm does not train on a CPU."""
+    eager, _, x = row()
+    eager = nn.SyncBatchNorm.convert_sync_batchnorm(eager)
+    models = [resfuse.fuse(copy.deepcopy(eager), config=resfuse.FuseConfig(memory=m)) for m in ("leanest", "balanced")]
+    found = [trained(model, x) | {n: b.clone() for n, b in model.named_buffers()} for model in models]
+    assert resfuse.report(models[0]).splits == [] and not fell_back(models[0])
+    return found
 
 
 def main() -> None:
