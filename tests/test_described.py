@@ -12,7 +12,7 @@ from torchvision.models import efficientnet as mbconv
 from torchvision.models import mnasnet, mobilenetv2, mobilenetv3
 from torchvision.models.googlenet import BasicConv2d as googlenet_unit
 from torchvision.models.inception import BasicConv2d as inception_unit
-from torchvision.models.regnet import ResBottleneckBlock
+from torchvision.models.regnet import ResBottleneckBlock, SimpleStemIN
 from torchvision.ops.misc import Conv2dNormActivation
 
 import resfuse
@@ -100,6 +100,7 @@ BUILDERS = {
     "fused mbconv": lambda: mbconv.FusedMBConv(mbconv.FusedMBConvConfig(2, 3, 1, C, C, 1), 0.5, nn.BatchNorm2d),
     "mnasnet": lambda: mnasnet._InvertedResidual(C, C, 3, 1, 2),
     "wrapper": lambda: Conv2dNormActivation(C, 8, activation_layer=nn.SiLU),
+    "torchvision regnet, stem": lambda: SimpleStemIN(C, 8, nn.BatchNorm2d, nn.ReLU),
     "torchvision regnet": lambda: ResBottleneckBlock(C, 24, 2, nn.BatchNorm2d, nn.ReLU, 8, 1.0, None),
     "torchvision regnet with attention": lambda: ResBottleneckBlock(C, C, 1, nn.BatchNorm2d, nn.ReLU, 8, 1.0, 0.25),
     "unit": lambda: layers.ConvNormAct(C, 8, 3, stride=2),

@@ -22,7 +22,10 @@ from .mixin import Unproven, conv_refusal, norm_refusal, pads_same, read_modules
 FUSED = {  # what the kernels have, besides ReLU
     nn.LeakyReLU: "leaky_relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish",
 }  # fmt: skip
-CONTAINERS = "torch.nn.modules.container.Sequential", "torchvision.ops.misc.Conv2dNormActivation"
+CONTAINERS = (
+    "torch.nn.modules.container.Sequential", "torchvision.ops.misc.Conv2dNormActivation",
+    "torchvision.models.regnet.SimpleStemIN",
+)  # fmt: skip
 
 
 class Step(NamedTuple):
