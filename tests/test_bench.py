@@ -164,6 +164,7 @@ def gpu_command(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_the_gpu_command_runs_its_parts(tmp_path):
     """At tiny sizes on a CPU: every line of it, but for what only a GPU can say."""
     parts = "env,ceilings,tests,primitives,blocks,resnet50,evaluation"

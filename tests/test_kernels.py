@@ -230,7 +230,7 @@ def test_expand_stats_are_the_products_statistics(shape, dtype):
     assert (var >= 0).all()
 
 
-@pytest.mark.parametrize("channels, count", [(8, 256), (64, 4096), (3, 100_000)])
+@pytest.mark.parametrize("channels, count", [(8, 256), (64, 4096), pytest.param(3, 100_000, marks=pytest.mark.slow)])
 def test_float32_variances_stay_within_their_condition(channels, count):
     """4 eps32 kappa channel by channel, for rectified inputs with means of their own."""
     from resfuse.testing.tolerances import check_variance, kappa

@@ -66,7 +66,10 @@ def test_blocks_are_as_exact_as_eager(name, mode, runner):
     assert wide <= set(runner.launches) if name == "small-identity" else runner.launches
 
 
-WINDOWS = ("small-identity", "small-strided", "small-dilated", "small-groups", "small-basic-strided", "small-preact")
+WINDOWS = ["small-strided", *(
+    pytest.param(f"small-{name}", marks=pytest.mark.slow)
+    for name in ("identity", "dilated", "groups", "basic-strided", "preact")
+)]  # fmt: skip
 
 
 @pytest.mark.parametrize("gpu", DEVICES, ids=["interpreted", "gpu"])

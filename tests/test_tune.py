@@ -41,6 +41,7 @@ def test_a_step_is_noted(noted):
     assert kernels == {"conv_window", "conv_window_dgrad", "conv_window_wgrad"}
 
 
+@pytest.mark.slow
 def test_the_fastest_tile_is_found_and_used(monkeypatch):
     """A clock by which more rows and 16 warps are faster, and a window of ours than the vendor's."""
     used = set()
