@@ -175,6 +175,10 @@ BUILDERS = {
     "resnet, replaced pool": lambda: resnet.ResNet(
         resnet.BasicBlock, (1, 1, 1, 1), 8, C, channels=(8, 8, 8, 8), replace_stem_pool=True
     ),
+    "resnet, deep stem, replaced pool": lambda: resnet.ResNet(
+        resnet.BasicBlock, (1, 1, 1, 1), 8, C, channels=(8, 8, 8, 8), stem_type="deep", stem_width=4,
+        replace_stem_pool=True,
+    ),
     "efficientnet with attention": lambda: timm.create_model("test_efficientnet", in_chans=C, num_classes=8),
     "row": lambda: nn.Sequential(
         nn.Conv2d(C, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),

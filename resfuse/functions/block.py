@@ -64,19 +64,13 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec: Spec, *flat: Tensor | None):
         made, inputs = spec.steps.forward(spec, flat), Inputs.arrange(spec, flat)
-        spec.pending.extend(
-            units.running_updates(spec.running, made.stats, (*inputs.norm, *inputs.units, *inputs.shortcut))
-        )
         if spec.differentiable:
             if inputs.gate is None:
                 inputs = inputs._replace(residual=None)  # its gradient needs no value of it
             inputs = inputs._replace(mean=None, var=None)
             ctx.save_for_backward(*inputs.flat(), *made.saved.flat())
             ctx.spec, ctx.arguments = spec, len(flat)
-        if made.own is None:
-            return made.out
-        ctx.mark_non_differentiable(*made.own)
-        return made.out, *made.own
+        return returned(ctx, spec, inputs, made)
 
     @staticmethod
     def backward(ctx, dout: Tensor, *_):
@@ -85,6 +79,16 @@ class BlockFunction(torch.autograd.Function):
             sync.check_first_order(ctx.spec)
             return None, *_differentiable(ctx.spec, flat, saved, dout, ctx.needs_input_grad[1:])
         return None, *ctx.spec.steps.backward(ctx.spec, flat, saved, dout, ctx.needs_input_grad[1:])
+
+
+def returned(ctx, spec: Spec, inputs: Inputs, made: Made) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """What a Function's forward gives; the updates of running buffers wait in spec.pending."""
+    read = (*inputs.norm, *inputs.units, *inputs.shortcut)
+    spec.pending.extend(units.running_updates(spec.running, made.stats, read))
+    if made.own is None:
+        return made.out
+    ctx.mark_non_differentiable(*made.own)
+    return made.out, *made.own
 
 
 def forward(spec: Spec, flat: Sequence[Tensor | None]) -> Made:

@@ -58,8 +58,6 @@ class RunFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run: Run, spec: Spec, *flat: Tensor | None):
         made, inputs = spec.steps.forward(spec, flat), Inputs.arrange(spec, flat)
-        read = (*inputs.norm, *inputs.units, *inputs.shortcut)
-        spec.pending.extend(units.running_updates(spec.running, made.stats, read))
         first, ctx.last = len(run.noted) == 0, len(run.noted) + 1 == run.length
         kept = inputs._replace(parts=inputs.parts if first else (None,), mean=None, var=None)
         run.noted.append(Block(spec, kept.flat(), _held(run, ctx.last, spec, inputs, made).flat()))
@@ -68,10 +66,7 @@ class RunFunction(torch.autograd.Function):
             ctx.save_for_backward(*(t for _, *kept in run.noted for part in kept for t in part))
             ctx.counts = [(spec, len(inputs), len(saved)) for spec, inputs, saved in run.noted]
             run.noted = []
-        if made.own is None:
-            return made.out
-        ctx.mark_non_differentiable(*made.own)
-        return made.out, *made.own
+        return block.returned(ctx, spec, inputs, made)
 
     @staticmethod
     def backward(ctx, dout: Tensor, *_):
