@@ -97,7 +97,7 @@ def refusal(block: nn.Module, steps: Iterable[Step]) -> Reason | None:
     """Why the steps cannot be read and run from outside their modules."""
     names, norms = {id(m): name for name, m in block.named_modules()}, set()
     for conv, norm, after in steps:
-        reason = conv_refusal(names.get(id(conv), "conv"), conv, same=True)
+        reason = conv_refusal(names.get(id(conv), "conv"), conv, others=True)
         reason = reason or norm_refusal(names.get(id(norm), "norm"), norm, acts=True)
         if reason is None and after and is_fused(after[0]):
             reason = wrapped(names.get(id(after[0]), "activation"), after[0])

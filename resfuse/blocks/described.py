@@ -21,7 +21,7 @@ from ._drop_path import drops_rows, row_scale
 from ._pool import average_window, is_plain_average
 from ._segments import Segment, Step, does_nothing
 from .descriptions import BLOCKS, BlockDescription
-from .mixin import SOME, norm_kind, original_name, plain_refusal, wrapped
+from .mixin import SOME, calls_norm, norm_kind, original_name, plain_refusal, wrapped
 
 LISTS = False
 OWNS = SOME
@@ -57,7 +57,7 @@ def find(block: nn.Module, described: BlockDescription) -> Found:
         elif not all(map(does_nothing, after)):
             raise AttributeError(f"{part.conv} is left out, but not what follows it")
     drop_path = described.drop_path and named(block, described.drop_path)
-    activation = described.activation and named(block, described.activation)
+    activation = CALLED if described.relu else described.activation and named(block, described.activation)
     return Found(
         tuple(steps),
         tuple(m for m in (named(block, n) for n in described.attention) if not does_nothing(m)),
@@ -92,6 +92,8 @@ def _shortcut(block: nn.Module, described: BlockDescription) -> Beside | nn.Modu
     if does_nothing(module):
         return None
     children = [child for child in module._modules.values() if not does_nothing(child)]
+    if calls_norm(module):
+        children.insert(0, module)
     pool = children.pop(0) if len(children) == 3 and is_plain_average(children[0]) else None
     if len(children) == 2 and not wrapped("shortcut", module):
         step = _segments.step(*children)
@@ -101,12 +103,14 @@ def _shortcut(block: nn.Module, described: BlockDescription) -> Beside | nn.Modu
 
 
 def named(block: nn.Module, name: str) -> nn.Module | None:
-    """A module inside a block by its dotted name, None where there is none."""
+    """A module inside a block by its dotted name, None where there is none. AttributeError for what is no module."""
     for part in name.split("."):
         if block is None:
             return None
         found = block._modules.get(part)
         block = getattr(block, part, None) if found is None else found
+    if block is not None and not isinstance(block, nn.Module):
+        raise AttributeError(f"{name} is a {type(block).__name__}, no module")
     return block
 
 

@@ -22,7 +22,8 @@ class BlockDescription(NamedTuple):
     row: in the place of parts, a Sequential of them, in which others may lie, and what is called between them.
     attention: modules on the last BatchNorm's output. shortcut: None where there is none; else a module on x, an
     identity where that is None or its name is "" (or, with none_adds_nothing, nothing). skips: an attribute that says
-    whether x is added, in blocks without a module for it. activation: after the sum.
+    whether x is added, in blocks without a module for it. activation: after the sum; relu: the forward itself calls
+    ReLU there.
     """
 
     parts: tuple[Part, ...] = ()
@@ -33,6 +34,7 @@ class BlockDescription(NamedTuple):
     skips: str | None = None
     activation: str | None = None
     row: str | None = None
+    relu: bool = False
 
 
 def wrapper(name: str, then: tuple[str, ...] = ()) -> Part:
@@ -54,6 +56,22 @@ def senet(*relus: bool) -> BlockDescription:
     """A block of timm's SENet: whether its one ReLU follows each convolution."""
     parts = (Part(f"conv{i}", f"bn{i}", ("relu",) * follows) for i, follows in enumerate(relus, 1))
     return BlockDescription(tuple(parts), ("se_module",), None, "downsample", activation="relu")
+
+
+def transformers(*then: tuple[str, ...]) -> BlockDescription:
+    """A layer of Hugging Face's ResNets and RegNets: what is called after each convolution's own activation."""
+    parts, place = [], 0
+    for after in then:
+        own = f"layer.{place}"
+        parts.append(Part(f"{own}.convolution", f"{own}.normalization", (f"{own}.activation", *after)))
+        place += 1 + len(after)
+    return BlockDescription(tuple(parts), shortcut="shortcut", activation="activation")
+
+
+def detectron(count: int) -> BlockDescription:
+    """A block of detectron2's ResNets, whose convolutions call their BatchNorms, and whose forward calls ReLU."""
+    parts = (Part(f"conv{i}", f"conv{i}.norm", (f"conv{i}.activation",), i < count) for i in range(1, count + 1))
+    return BlockDescription(tuple(parts), shortcut="shortcut", relu=True)
 
 
 IDENTITY = ""  # a shortcut that is no module: x itself
@@ -148,6 +166,14 @@ BLOCKS = {
     "timm.models.xception_aligned.SeparableConv2d": BlockDescription(
         (Part("conv_dw", "bn_dw", ("act_dw",)), Part("conv_pw", "bn_pw", ("act_pw",)))
     ),
+    "transformers.models.resnet.modeling_resnet.ResNetConvLayer": unit("convolution", "normalization", "activation"),
+    "transformers.models.resnet.modeling_resnet.ResNetBasicLayer": transformers((), ()),
+    "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": transformers((), (), ()),
+    "transformers.models.regnet.modeling_regnet.RegNetConvLayer": unit("convolution", "normalization", "activation"),
+    "transformers.models.regnet.modeling_regnet.RegNetXLayer": transformers((), (), ()),
+    "transformers.models.regnet.modeling_regnet.RegNetYLayer": transformers((), ("layer.2",), ()),
+    "detectron2.modeling.backbone.resnet.BasicBlock": detectron(2),
+    "detectron2.modeling.backbone.resnet.BottleneckBlock": detectron(3),
     "torchvision.models.googlenet.BasicConv2d": unit("conv", relu=True),
     "torchvision.models.inception.BasicConv2d": unit("conv", relu=True),
     "torchvision.models.mobilenetv2.InvertedResidual": BlockDescription(row="conv", skips="use_res_connect"),

@@ -23,7 +23,8 @@ from ..arguments import BN, STORAGE_DTYPES, ArgumentError, Conv, ConvBN
 from ..kernels.interface import Activation, Reason
 from . import gate
 
-FROZEN = "torchvision.ops.misc", "FrozenBatchNorm2d"
+FROZEN = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"))
+CALLS_NORM = "detectron2.layers.wrappers", "Conv2d"  # and then, where it has one, its activation
 SAME = "timm.layers.conv2d_same", "Conv2dSame"  # pads by what its input's size asks for
 WITH_ACTIVATION = {  # inside them, as children; nothing else of theirs differs
     ("timm.layers.norm_act", "BatchNormAct2d"): "batch", ("timm.layers.norm_act", "SyncBatchNormAct"): "sync",
@@ -224,9 +225,9 @@ def pair_refusal(block: nn.Module, pair: Pair) -> Reason | None:
     return conv_refusal(pair.conv, conv) or norm_refusal(pair.norm, norm)
 
 
-def conv_refusal(name: str, conv: nn.Module, same: bool = False) -> Reason | None:
-    """same: whether timm's Conv2dSame will do too."""
-    if type(conv) is not nn.Conv2d and not (same and pads_same(conv)):
+def conv_refusal(name: str, conv: nn.Module, others: bool = False) -> Reason | None:
+    """others: whether timm's Conv2dSame and detectron2's Conv2d will do too."""
+    if type(conv) is not nn.Conv2d and not (others and (pads_same(conv) or calls_norm(conv))):
         return Reason("module_type", f"{name} is a {type(conv).__name__}, not nn.Conv2d")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return Reason("padding", f"{name} pads by {conv.padding_mode!r}, {conv.padding!r}; zeros by numbers only")
@@ -321,7 +322,7 @@ def norm_kind(cls: type) -> str | None:
     if cls is nn.SyncBatchNorm:
         return "sync"
     name = cls.__module__, cls.__qualname__
-    return "frozen" if name == FROZEN else WITH_ACTIVATION.get(name)
+    return "frozen" if name in FROZEN else WITH_ACTIVATION.get(name)
 
 
 def has_activation(cls: type) -> bool:
@@ -330,6 +331,11 @@ def has_activation(cls: type) -> bool:
 
 def pads_same(conv: nn.Module) -> bool:
     return (type(conv).__module__, type(conv).__qualname__) == SAME
+
+
+def calls_norm(conv: nn.Module) -> bool:
+    """Whether the convolution itself calls its BatchNorm and activation, which are inside it."""
+    return (type(conv).__module__, type(conv).__qualname__) == CALLS_NORM
 
 
 @cache
