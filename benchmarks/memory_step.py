@@ -1,11 +1,12 @@
-"""A training step's memory over time, and its time: eager, checkpointed, and as lean as resfuse is told to be.
+"""A training step's memory over time, and its time: eager, compiled, checkpointed, as lean as resfuse is told to be.
 
     python -m benchmarks.memory_step [--out FILE] [--rounds N] [--plot PNG]    measures
     python -m benchmarks.memory_step --table FILE                               prints docs/memory.md's table
 
 Saved bytes as in benchmarks/memory.py. Peaks and memory over time: everything that torch's allocator hands out on a CPU
 between the start of forward and the end of backward; gradients of parameters are there before. Times are of whole steps
-in interleaved rounds, of ResNet-50: each round's ratio to the round's balanced step, their median with its interval.
+in interleaved rounds, of ResNet-50, which alone is compiled: each round's ratio to the round's balanced step, their
+median with its interval.
 """
 
 import argparse
@@ -58,8 +59,10 @@ def fused(model: nn.Module, memory: str | float) -> nn.Module:
     return resfuse.fuse(model, config=resfuse.FuseConfig(memory=memory))
 
 
+EAGER, COMPILED = "eager", "torch.compile"
 WAYS = {
-    "eager": lambda model: model, "checkpoint per block": by_block, "checkpoint per stage": by_stage,
+    EAGER: lambda model: model, COMPILED: torch.compile,
+    "checkpoint per block": by_block, "checkpoint per stage": by_stage,
     **{memory: partial(fused, memory=memory) for memory in ("balanced", "lean", "leanest")},
 }  # fmt: skip
 
@@ -84,11 +87,11 @@ class Trained:
 
 def measure(subject: str, mode: str, rounds: int) -> dict:
     workload = make(subject, mode, BATCH)
-    steps = {way: Trained(workload, way) for way in WAYS}
+    steps = {way: Trained(workload, way) for way in WAYS if rounds or way != COMPILED}
     rows = {}
     for way, trained in steps.items():
-        saved = saved_bytes(trained.forward, trained.model)
         trained.step()
+        saved = saved_bytes(trained.forward, trained.model)
         line = timeline(trained.step)
         rows[way] = {"saved_bytes": saved, "peak_bytes": max(held for _, held in line), "timeline": thinned(line)}
         print(f"{subject} {mode} {way}: {saved} bytes saved, {rows[way]['peak_bytes']} at the peak", flush=True)
@@ -121,7 +124,7 @@ def table(results: dict) -> list[str]:
         ]  # fmt: skip
         for way, found in ways.items():
             cells = (
-                f"{found[kind] / ways['eager'][kind]:.3f}x ({found[kind] / 2**20:.0f} MiB)"
+                f"{found[kind] / ways[EAGER][kind]:.3f}x ({found[kind] / 2**20:.0f} MiB)"
                 for kind in ("saved_bytes", "peak_bytes")
             )
             lines.append(f"| {way} | {' | '.join(cells)} | {_time(found, ways['balanced'])} |")

@@ -7,14 +7,15 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from units import TRITON, triton_kernels
+from units import EMULATED, TRITON, triton_kernels
 
 import resfuse
 from resfuse import calls, functional
 from resfuse.blocks import modules
 from resfuse.functional import ArgumentError, Block, run
 from resfuse.functions import replay
-from resfuse.kernels import dispatch
+from resfuse.kernels import dispatch, measured
+from resfuse.testing import cuda
 from resfuse.testing.memory import saved_bytes
 
 MEMORY = pytest.mark.parametrize("memory", ["lean", "leanest"])
@@ -133,6 +134,22 @@ def test_with_tritons_kernels(name, mode, rows, windows, monkeypatch):
     row, x, autocast = make(name)[:2], image(2, 5), MODES[mode][1]
     with triton_kernels(monkeypatch, windows=windows):
         ours, theirs = (step(fused(row, memory, "triton"), x, autocast) for memory in ("leanest", "balanced"))
+        same_bits(ours, theirs)
+
+
+@EMULATED
+@pytest.mark.parametrize("name, mode", [("bottlenecks", "float32"), ("basic", "autocast"), ("pre-activation", "bf16")])
+def test_with_cudas_kernels(name, mode, monkeypatch):
+    """Those that the set has, emulated; the eager set's in the place of others."""
+    monkeypatch.setattr(dispatch, "ORDER", ("cuda", "eager"))
+    monkeypatch.setattr(measured, "proven", lambda *_: True)
+    monkeypatch.setattr(calls.cost, "covariance_rows", lambda *_: 1)
+    (dtype, autocast), row = MODES[mode], make(name)[:2]
+    with cuda.emulated():
+        assert "cuda" in dispatch.kernels("auto", "cpu", dtype).chosen.values()
+        ours, theirs = (
+            step(fused(row, memory).to(dtype), image(2, 5, dtype), autocast) for memory in ("leanest", "balanced")
+        )
         same_bits(ours, theirs)
 
 
