@@ -1,16 +1,40 @@
+import zlib
+from collections import defaultdict
+
 import pytest
 import torch
 
 from resfuse import calls
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    products = defaultdict(list)
+    for item in items:
+        share = item.get_closest_marker("one_in")
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if share is not None and parameters and share.kwargs.items() <= parameters.items():
+            products[item.function, share.args[0]].append(item)
+    for (_, n), product in products.items():
+        for item in set(product).difference(sample(product, n)):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no_gpu: torch.cuda.is_available() is False")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def sample(product, n):
+    """About one in n of a test's cases, the same ones always; of several parameters each value is among them."""
+    seen = set()
+    for item in sorted(product, key=lambda item: zlib.crc32(item.nodeid.encode())):
+        values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+        new = len(values) > 1 and not values <= seen
+        if new or zlib.crc32(item.nodeid.encode()) % n == 0:
+            seen |= values
+            yield item
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ DTYPES = {
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }  # fmt: skip
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 16, 4, 4), (1, 65, 9, 7)]  # N, C, H, W
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.one_in(6, kernel_set="triton")]  # interpreted
 
 
 @pytest.fixture(

@@ -124,10 +124,10 @@ def test_a_cut_off_write_leaves_the_file(tmp_path):
 
 
 def test_digits_train_alike():
-    """200 steps follow eager's loss within its own seed-to-seed spread."""
-    found = verify.verify(seeds=range(2))
+    """100 steps follow eager's loss within its own seed-to-seed spread."""
+    found = verify.verify(seeds=range(2), steps=100)
     assert found.passed and found.distance < found.spread
-    assert min(found.eager_accuracy + found.fused_accuracy) > 0.8
+    assert min(found.eager_accuracy + found.fused_accuracy) > 0.7
     assert found.fused[0][-1] < 0.5 * found.fused[0][0]
 
 

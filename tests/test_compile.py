@@ -75,6 +75,7 @@ def check_same(found, expected):
         assert torch.equal(found[name], t), name
 
 
+@pytest.mark.one_in(4, device="cpu")
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
 @pytest.mark.parametrize("name", KINDS)
 def test_training_is_the_same_to_the_bit(name, autocast, device, deterministic):
@@ -288,6 +289,7 @@ def _copied(argument):
     return list(map(_copied, argument)) if isinstance(argument, list) else argument
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", KINDS)
 def test_35_opcheck_of_every_operator(name, monkeypatch):
     seen = noted(monkeypatch, name)

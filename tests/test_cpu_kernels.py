@@ -130,16 +130,19 @@ def test_any_number_of_threads(dtype):
         torch.set_num_threads(before)
 
 
-CAPS = [
-    ({"ATEN_CPU_CAPABILITY": "default"}, {"baseline"}),
-    ({"ATEN_CPU_CAPABILITY": "avx2"}, {"baseline", "AVX2"}),
-    ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, {"baseline", "AVX2", "AVX-512", "AVX-512 with bfloat16"}),
-    ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, {"baseline", "AVX2", "AVX-512"}),
-    ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"baseline", "AVX2"}),
-]
+CAPS = {
+    "default": ({"ATEN_CPU_CAPABILITY": "default"}, {"baseline"}),
+    "AVX2": ({"ATEN_CPU_CAPABILITY": "avx2"}, {"baseline", "AVX2"}),
+    "no AMX": ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, {"baseline", "AVX2", "AVX-512", "AVX-512 with bfloat16"}),
+    "AVX-512": ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, {"baseline", "AVX2", "AVX-512"}),
+    "oneDNN AVX2": ({"ONEDNN_MAX_CPU_ISA": "AVX2"}, {"baseline", "AVX2"}),
+}
 
 
-@pytest.mark.parametrize("cap, allowed", CAPS, ids=["default", "AVX2", "no AMX", "AVX-512", "oneDNN AVX2"])
+@pytest.mark.parametrize("cap, allowed", [
+    pytest.param(*cap, id=name, marks=() if name in ("default", "AVX2", "no AMX") else pytest.mark.slow)
+    for name, cap in CAPS.items()
+])  # fmt: skip
 def test_capped_instruction_sets(cap, allowed):
     """The kernels keep to the caps of torch and oneDNN, and are right there."""
     code = (

@@ -126,6 +126,7 @@ def products(pixels, outer, inner, dtype):
     return g, a, mean, found
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("pixels, outer, inner", PRODUCTS)
 def test_products(pixels, outer, inner, precision, monkeypatch):
@@ -171,6 +172,7 @@ def with_u(pixels, outer, inner, dtype):
     return g, a, wg, own("expand_products")(g, a, mean, wg)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("pixels, outer, inner", WITH_U)
 def test_u_comes_in_the_pass_of_the_products(pixels, outer, inner, dtype):
@@ -343,7 +345,7 @@ BUGS = [  # file, what stands there, what stands there instead, what the emulato
     ("covariance.cu", "  __syncthreads();\n  if (lane != 0", "  if (lane != 0", "race|uninitialised"),
     ("covariance.cu", "if (r / tile > c / tile)", "if (false)", "uninitialised"),
 ]  # fmt: skip
-SAMPLE = (1, 9, 13, 24, 36)
+SAMPLE = (24,)  # a quick one
 
 CHECK = """
 import sys

@@ -9,7 +9,7 @@ from units import activation
 
 from resfuse.kernels.interface import Activation, BNGrad, Geometry
 
-pytestmark = pytest.mark.usefixtures("poisoned", "kernel_set")
+pytestmark = [pytest.mark.usefixtures("poisoned", "kernel_set"), pytest.mark.one_in(6, kernel_set="triton")]
 GEOMETRIES = [  # taps, geometry without groups
     ((3, 3), ((1, 1), (1, 1), (1, 1))), ((3, 3), ((2, 2), (1, 1), (1, 1))), ((5, 5), ((1, 1), (2, 2), (1, 1))),
     ((5, 5), ((2, 2), (2, 2), (1, 1))), ((3, 3), ((1, 1), (2, 2), (2, 2))), ((7, 7), ((1, 1), (3, 3), (1, 1))),

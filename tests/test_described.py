@@ -264,8 +264,10 @@ def test_hooks_inside_fire(name):
 
 
 def test_every_description_has_a_block_here():
+    """Of libraries that are installed with the tests; test_other_libraries.py has the others'."""
     built = {f"{type(b).__module__}.{type(b).__qualname__}" for b in (builder() for builder in BUILDERS.values())}
-    assert {*BLOCKS, *(name for name in preactivated.ORIGINALS if name.startswith("timm"))} <= built
+    described = {name for name in BLOCKS if name.startswith(("timm", "torchvision"))}
+    assert {*described, *(name for name in preactivated.ORIGINALS if name.startswith("timm"))} <= built
 
 
 def test_a_dropped_path_draws_what_timm_draws():

@@ -14,7 +14,7 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", ["unet", pytest.param("hourglass", marks=pytest.mark.slow)])
 def test_an_example_learns_and_says_what_it_keeps(name, capsys):
     assert EXAMPLES[name][0].main(["--steps", "40"]) == 0
     assert "MiB (0." in capsys.readouterr().out

@@ -29,7 +29,7 @@ from resfuse.kernels.interface import (
 from resfuse.testing.cuda import emulated, on_gpu
 
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 16, 4, 4), (1, 65, 9, 7)]  # N, C, H, W
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.one_in(6, kernel_set="triton")]  # interpreted
 
 
 STORED = {
@@ -235,8 +235,8 @@ def test_float32_variances_stay_within_their_condition(channels, count):
     """4 eps32 kappa channel by channel, for rectified inputs with means of their own."""
     from resfuse.testing.tolerances import check_variance, kappa
 
-    if primitive.kernel_set == "triton" and count > 10_000:
-        pytest.skip("interpreted: a minute of it tells no more than the smaller sizes")
+    if primitive.kernel_set == "triton" and count > 1000:
+        pytest.skip("interpreted: minutes of it tell no more than the smallest size")
     for seed in range(5):
         offsets = 3 * torch.randn(1, channels, 1, 1, generator=torch.Generator().manual_seed(seed))
         y = (activation(1, channels, count, 1, dtype=torch.float32, seed=seed) + offsets).relu()

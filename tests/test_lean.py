@@ -99,6 +99,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["auto", "eager"])
 
 
 @pytest.mark.gate
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("rows", [1, 10**9], ids=["covariance", "recomputed or kept"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ROWS)
@@ -125,8 +126,9 @@ def test_steps_are_those_of_the_blocks_to_the_bit(name, memory, mode, rows, back
 
 @TRITON
 @pytest.mark.parametrize("name, mode, rows, windows", [
-    ("bottlenecks", "float32", 1, False), ("bottlenecks", "autocast", 10**9, False),
-    ("pre-activation", "float32", 10**9, True),
+    ("bottlenecks", "autocast", 10**9, False),
+    pytest.param("bottlenecks", "float32", 1, False, marks=pytest.mark.slow),
+    pytest.param("pre-activation", "float32", 10**9, True, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_with_tritons_kernels(name, mode, rows, windows, monkeypatch):
     """Interpreted."""
@@ -439,9 +441,13 @@ def test_a_stem_in_its_other_settings():
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 LIMITS = {("lean", FLOAT32): 0.31, ("lean", BFLOAT16): 0.29, ("leanest", FLOAT32): 0.17, ("leanest", BFLOAT16): 0.165}
+QUICK = (("lean", FLOAT32), ("leanest", FLOAT32))
 
 
-@pytest.mark.parametrize("memory, dtype", LIMITS, ids=str)
+@pytest.mark.parametrize(
+    "memory, dtype",
+    [pytest.param(*key, marks=() if key in QUICK else pytest.mark.slow) for key in LIMITS], ids=str,
+)  # fmt: skip
 def test_what_a_resnet50_keeps(memory, dtype):
     eager = torchvision.models.resnet50().to(memory_format=torch.channels_last)
     x = torch.randn(8, 3, 224, 224).contiguous(memory_format=torch.channels_last)

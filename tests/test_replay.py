@@ -31,7 +31,10 @@ def everywhere(monkeypatch):
 
 
 @pytest.fixture(
-    params=["auto", pytest.param("triton", marks=TRITON), pytest.param("gpu", marks=[TRITON, pytest.mark.gpu])]
+    params=[
+        "auto", pytest.param("triton", marks=[TRITON, pytest.mark.slow]),
+        pytest.param("gpu", marks=[TRITON, pytest.mark.gpu]),
+    ]  # fmt: skip
 )
 def backend(request, monkeypatch):
     if request.param == "triton":
@@ -60,6 +63,16 @@ def test_the_same_bits(name, autocast, backend, deterministic):
     backend, device = backend
     if backend == "triton" and device == "cpu" and (name not in NAMES[1:5] or not autocast):
         pytest.skip("interpreted: the others tell no more")
+    check_bits(name, autocast, backend, device)
+
+
+@TRITON
+def test_the_same_bits_interpreted(monkeypatch, deterministic):
+    with triton_kernels(monkeypatch):
+        check_bits("small-preact", True, "triton", "cpu")
+
+
+def check_bits(name, autocast, backend, device):
     case = CASES[name]
     block = resfuse.fuse(make_block(case, device=device), config=resfuse.FuseConfig(backend=backend))
     for seed in range(2):

@@ -55,6 +55,7 @@ def runner(request, monkeypatch):
         yield running
 
 
+@pytest.mark.one_in(20, runner=False)
 @pytest.mark.parametrize("mode", ["float32", "autocast-bfloat16", "autocast-float16"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_are_as_exact_as_eager(name, mode, runner):
@@ -84,7 +85,9 @@ def test_blocks_whose_windows_are_ours(name, mode, gpu, monkeypatch):
     assert {"_conv_window", "_conv_window_dgrad", "_conv_window_wgrad"} <= set(running.launches)
 
 
-@pytest.mark.parametrize("rows", [1, 10**9], ids=["covariance", "recomputed"])
+@pytest.mark.parametrize(
+    "rows", [1, pytest.param(10**9, marks=pytest.mark.slow)], ids=["covariance", "recomputed"]
+)
 @pytest.mark.parametrize(
     "name",
     ["small-identity", *(pytest.param(f"small-{n}", marks=pytest.mark.slow) for n in ("strided", "preact-bottleneck"))],

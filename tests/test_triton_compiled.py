@@ -23,10 +23,13 @@ WINDOWS = ("_conv_window", "_conv_window_dgrad", "_conv_window_wgrad")
 # Of activations and their gradients.
 WRITERS = (*PRODUCTS[:4], *WINDOWS[:2], "_apply", "_written", "_bn_act", "_bn_act_dgrad")
 FEW = ("stage1", "stage3-projection", "small-projection", "ragged")
-FAST = [(arch, "bfloat16") for arch in UNIT] + [(90, kind) for kind in ("float16", "float32", "tf32")]
+STEPS = [(arch, "bfloat16") for arch in UNIT] + [(90, kind) for kind in ("float16", "float32", "tf32")]
+FAST = ((90, "bfloat16"), (90, "float32"), (100, "bfloat16"))
 
 
-@pytest.mark.parametrize("arch, kind", FAST)
+@pytest.mark.parametrize(
+    "arch, kind", [pytest.param(*step, marks=() if step in FAST else pytest.mark.slow) for step in STEPS]
+)
 def test_compiled_steps(arch, kind):
     check(compiled(arch, kind, FEW), arch, kind)
 

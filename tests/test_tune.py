@@ -71,6 +71,7 @@ def test_the_fastest_tile_is_found_and_used(monkeypatch):
     assert name == "expand" and written.fits(torch.float32, 32, 90, 1) and written.tile.rows == 128
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_tile(monkeypatch):
     """What is timed is the same computation."""
     results = []
