@@ -1,12 +1,12 @@
 """A training step's memory over time, and its time: eager, compiled, checkpointed, as lean as resfuse is told to be.
 
-    python -m benchmarks.memory_step [--out FILE] [--rounds N] [--plot PNG]    measures
+    python -m benchmarks.memory_step [--subjects resnet50:float32,...] [--out FILE] [--rounds N] [--plot PNG]   measures
     python -m benchmarks.memory_step --table FILE                               prints docs/memory.md's table
 
 Saved bytes as in benchmarks/memory.py. Peaks and memory over time: everything that torch's allocator hands out on a CPU
 between the start of forward and the end of backward; gradients of parameters are there before. Times are of whole steps
-in interleaved rounds, of ResNet-50, which alone is compiled: each round's ratio to the round's balanced step, their
-median with its interval.
+in interleaved rounds, each round's ratio to the round's balanced step, their median with its interval; without rounds
+nothing is compiled either.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from resfuse.testing.memory import saved_bytes, timeline
 from resfuse.testing.timing import interleave, ratio
 
 BATCH = 8
-SUBJECTS = (("resnet50", "float32", True), ("resnet50", "autocast-bfloat16", True), ("resnet152", "float32", False))
+SUBJECTS = "resnet50:float32,resnet50:autocast-bfloat16,resnet152:float32"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 POINTS = 300  # of memory over time that a results file has: the most in each share of a step's time
 
@@ -158,6 +158,7 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Memory over a step.")
+    parser.add_argument("--subjects", default=SUBJECTS, help=f"network:mode, with commas between (default: {SUBJECTS})")
     parser.add_argument("--out", type=Path, default=Path("resfuse-memory-step.json"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--plot", type=Path, metavar="PNG")
@@ -166,10 +167,10 @@ def main() -> int:
     if options.table:
         print("\n".join(table(json.loads(options.table.read_text()))))
         return 0
-    command = f"python -m benchmarks.memory_step --rounds {options.rounds}"
+    command = f"python -m benchmarks.memory_step --subjects {options.subjects} --rounds {options.rounds}"
     results = {"command": command, "environment": environment(), "steps": []}
-    for subject, mode, timed in SUBJECTS:
-        results["steps"].append(measure(subject, mode, options.rounds if timed else 0))
+    for subject, mode in (each.split(":") for each in options.subjects.split(",")):
+        results["steps"].append(measure(subject, mode, options.rounds))
         write_json(options.out, results)
     if options.plot:
         plot(results, options.plot)

@@ -74,7 +74,7 @@ def block(operands, spec, *, out_shape=None) -> int:
 
 
 def block_backward(operands, saved, dout, spec, needs, *, out_shape=None) -> int:
-    total = 0
+    total, saved = 0, [list(shape) for shape in saved if shape is not None]
     for product in products(ops.decode(spec), operands, needs):
         if not (product.into or any(product.needs)):
             continue
@@ -83,7 +83,8 @@ def block_backward(operands, saved, dout, spec, needs, *, out_shape=None) -> int
         total += product.whole * (product.into + weight + (product.unit.form == RECOMPUTE))
         if covariance and product.unit.batch:
             rows, square = product.square
-            total += 2 * square + rows * product.into
+            again = [product.weight[1]] * 2 not in saved
+            total += 2 * square + rows * (product.into + again)
     return total
 
 
