@@ -145,7 +145,7 @@ def _forward(k, spec: Spec, inputs: Inputs):
         count = inputs.parts[0][:, 0].numel()
         vectors, measured = units.normalise(k, spec.norm, inputs.norm[0], measured, count, wide(dtype))
         norm_kept, norm_stats = [vectors], [measured]
-        first = _activated(k, spec, inputs.parts, norm_kept[0])
+        first = _activated(k, inputs.parts, norm_kept[0])
     made = chain.forward(k, spec.units, inputs.units, first, dtype)
     tensors = inputs.shortcut[0] if inputs.shortcut else None
     source = first if spec.shortcut.kind == PROJECTION else x
@@ -187,7 +187,7 @@ def _again(k, spec: Spec, inputs: Inputs, saved: Saved) -> tuple[Tensor, Tensor 
     x = None
     if spec.norm is None or spec.shortcut.kind in (IDENTITY, PADDED):
         x = branches.joined(inputs.parts, spec.layout)
-    first = x if spec.norm is None else _activated(k, spec, inputs.parts, norm_kept)
+    first = x if spec.norm is None else _activated(k, inputs.parts, norm_kept)
     main = _main_again(k, spec, inputs, saved.zs, kept, first)
     residual = branches.shortcut_again(
         k, spec.shortcut, inputs.shortcut[0] if inputs.shortcut else None, shortcut_kept,
@@ -207,7 +207,7 @@ def first_again(spec: Spec, flat: Sequence[Tensor | None], saved: Sequence[Tenso
             if spec.norm is None:
                 first = branches.joined(inputs.parts, spec.layout)
             else:
-                first = _activated(k, spec, inputs.parts, Saved.arrange(spec, saved).kept[0])
+                first = _activated(k, inputs.parts, Saved.arrange(spec, saved).kept[0])
             return units.raw(k, spec.units[0], inputs.units[0], first)
 
     return replay.run(k, "block_first_again", spec, [*flat, *saved], call)
@@ -224,7 +224,7 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
     first = x
     if spec.norm is not None:  # a recipe where it can be one: wide, and not read before the chain has come down to it
         norms = _norms(inputs.parts, norm_kept)
-        first = norms[0] if len(norms) == 1 else _activated(k, spec, inputs.parts, norm_kept)
+        first = norms[0] if len(norms) == 1 else _activated(k, inputs.parts, norm_kept)
     tensors = inputs.shortcut[0] if inputs.shortcut else None
     projection = spec.shortcut.kind == PROJECTION
 
@@ -320,7 +320,7 @@ def _norms(parts: Sequence[Tensor], kept: Kept) -> list[Norm]:
     return [Norm(part, scale, shift) for part, scale, shift in vectors]
 
 
-def _activated(k, spec: Spec, parts: Sequence[Tensor], kept: Kept) -> Act:
+def _activated(k, parts: Sequence[Tensor], kept: Kept) -> Act:
     """The parts side by side, normalised and rectified: of several a tensor, which nobody keeps."""
     norms = _norms(parts, kept)
     if len(norms) == 1:

@@ -71,8 +71,10 @@ class BNReluFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
             sync.check_first_order(spec)
             with torch.autocast(x.device.type, enabled=False):
-                out = composite.bn_relu(x, spec.unit, Tensors(*tensors), spec.window)
-                dx, *found = composite.input_gradients(out, dout, [x, *tensors])
+                dx, *found = composite.input_gradients(
+                    lambda flat: composite.bn_relu(flat[0], spec.unit, Tensors(*flat[1:]), spec.window),
+                    dout, [x, *tensors],
+                )  # fmt: skip
             return None, dx, None, None, *found
         return None, *spec.steps.backward(spec, [x, None, None, *tensors], saved, dout, ctx.needs_input_grad[1:])
 

@@ -5,6 +5,8 @@ Slow and memory-hungry, and right to any order; used for double backward only.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,7 @@ def gradients(spec: Spec, inputs: Inputs, needs: Inputs, dout: Tensor, passes: T
 
     passes: 1 where out's ReLU passed and 0 elsewhere, for a given residual that was not kept; else None.
     """
-    found = input_gradients(block(spec, inputs, passes), dout, inputs.flat())
+    found = input_gradients(lambda flat: block(spec, Inputs.arrange(spec, flat), passes), dout, inputs.flat())
     if spec.shortcut.kind == GIVEN and inputs.residual is None and needs.residual:
         dresidual = (dout if passes is None else torch.where(passes != 0, dout, 0)) * spec.scale
         found[spec.parts + Inputs.RESIDUAL] = dresidual
@@ -87,8 +89,14 @@ def _residual(spec: Spec, inputs: Inputs, x: Tensor, first: Tensor) -> Tensor | 
     return None
 
 
-def input_gradients(out: Tensor, dout: Tensor, inputs: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of out in the inputs that require one, connected to out's inputs and to dout."""
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, dout, create_graph=True, allow_unused=True))
+def input_gradients(
+    function: Callable[[list[Tensor | None]], Tensor], dout: Tensor, inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of function(inputs) in the inputs that require one, connected to the inputs and to dout.
+
+    They are taken in aliases: an input may be made of another one, and what it passes on to that one is not ours.
+    """
+    aliases = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+    wanted = [t for t in aliases if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(function(aliases), wanted, dout, create_graph=True, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in inputs]

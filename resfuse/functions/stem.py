@@ -8,6 +8,7 @@ The convolution is torch's own both times, and so is its gradient: the bits are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,10 @@ class StemSpec(NamedTuple):
 
     pool: PoolSpec
     geometry: Geometry
+
+    def composite(self, operands: Sequence[Tensor | None]) -> Tensor:
+        z = convolved(*operands[:3], self.geometry)
+        return composite.bn_relu(z, self.pool.unit, Tensors(*operands[3:]), self.pool.window)
 
 
 class Operands(NamedTuple):
@@ -56,9 +61,7 @@ class StemFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: these gradients will be differentiated
             sync.check_first_order(spec.pool)
             with torch.autocast(x.device.type, enabled=False):
-                z = convolved(x, weight, bias, spec.geometry)
-                out = composite.bn_relu(z, spec.pool.unit, Tensors(*flat), spec.pool.window)
-                return None, None, *composite.input_gradients(out, dout, [x, weight, bias, *flat])
+                return None, None, *composite.input_gradients(spec.composite, dout, [x, weight, bias, *flat])
         needs = ctx.needs_input_grad[2:5]
         z = convolved(x, weight, bias, spec.geometry)
         dz, _, _, *found = spec.pool.steps.backward(
