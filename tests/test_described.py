@@ -409,3 +409,60 @@ def test_what_cannot_be_registered(tables):
     for block, description in ((OwnBlock(), OWN), (int, OWN), (OwnBlock, "3 convolutions"), (Layer, nothing)):
         with pytest.raises(TypeError):
             resfuse.register_block(block, description)
+
+
+def changed(name, change):
+    """A fused block that was changed before, or after, and its eager twin."""
+    torch.manual_seed(0)
+    eager = BUILDERS[name]().double()
+    before, after = copy.deepcopy(eager), resfuse.fuse(copy.deepcopy(eager))
+    for block in (eager, before, after):
+        change(block)
+    return eager, resfuse.fuse(before), after
+
+
+class Rectified(nn.Sequential):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+def another_convolution(block):
+    torch.manual_seed(1)
+    conv = block.conv2.conv
+    block.conv2 = nn.Sequential(nn.Conv2d(conv.in_channels, conv.out_channels, 3, conv.stride, 1)).to(conv.weight.dtype)
+
+
+def another_forward(block):
+    block.conv2.__class__ = type("Mine", (type(block.conv2),), {"forward": lambda self, x: self.bn(self.conv(x))})
+
+
+def another_child(block):
+    block.conv2.more = nn.ReLU()
+
+
+def another_shortcut(block):
+    block.downsample = Rectified(*block.downsample)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("regnet", another_convolution), ("regnet", another_forward), ("regnet", another_child),
+    ("basic strided", another_shortcut),
+], ids=lambda value: getattr(value, "__name__", value))  # fmt: skip
+def test_what_is_in_the_place_of_what_is_described_is_not_passed_over(name, change):
+    twins = changed(name, change)
+    x = torch.randn(3, C, 9, 8, dtype=torch.float64)
+    expected, *found = (step(block, x) for block in twins)
+    for each in found:
+        for key, theirs in expected.items():
+            torch.testing.assert_close(each[key], theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_a_subclass_made_later_runs_as_the_block_does():
+    """As FSDP makes of what it shards."""
+    net = resfuse.fuse(timm.create_model("resnet18"))
+    x = torch.randn(2, 3, 32, 32)
+    expected = net.eval()(x)
+    for module in (net, net.layer1[0]):
+        module.__class__ = type(f"Sharded{type(module).__name__}", (type(module),), {})
+    assert torch.equal(net(x), expected)
+    assert resfuse.report(net).fallbacks == [] and len(resfuse.report(net).fused) > 8

@@ -85,6 +85,7 @@ class Attention(nn.Module):
         return x * self.attention(F.adaptive_avg_pool2d(x, 1))
 
 
+@named("transformers.models.regnet.modeling_regnet", "RegNetShortCut")
 class Shortcut(nn.Module):
     def __init__(self, channels, out, stride):
         super().__init__()

@@ -21,11 +21,20 @@ from ._drop_path import drops_rows, row_scale
 from ._pool import average_window, is_plain_average
 from ._segments import Segment, Step, does_nothing
 from .descriptions import BLOCKS, BlockDescription
-from .mixin import SOME, calls_norm, norm_kind, original_name, plain_refusal, wrapped
+from .mixin import CALLS_NORM, SOME, calls_norm, norm_kind, original_name, plain_refusal, wrapped
 
 LISTS = False
 OWNS = SOME
 ORIGINALS = tuple(BLOCKS)
+OURS = frozenset(BLOCKS)  # before others are registered
+WRAPPERS = frozenset((
+    *_segments.CONTAINERS, "torch.nn.modules.linear.Identity", "timm.layers.conv_bn_act.ConvNormAct",
+    "torchvision.models.regnet.BottleneckTransform",
+    "transformers.models.resnet.modeling_resnet.ResNetConvLayer",
+    "transformers.models.resnet.modeling_resnet.ResNetShortCut",
+    "transformers.models.regnet.modeling_regnet.RegNetConvLayer",
+    "transformers.models.regnet.modeling_regnet.RegNetShortCut", ".".join(CALLS_NORM),
+))  # fmt: skip
 CALLED = nn.ReLU()  # stands for the one that a forward calls as a function
 
 
@@ -51,10 +60,10 @@ def find(block: nn.Module, described: BlockDescription) -> Found:
     """Raises AttributeError where the block has other parts."""
     steps = _row(named(block, described.row)) if described.row else []
     for part in described.parts:
-        conv, after = named(block, part.conv), [named(block, name) for name in part.after]
+        conv, norm, *after = (named(block, name) for name in (part.conv, part.norm, *part.after))
         if not does_nothing(conv):
-            steps.append(_segments.step(conv, named(block, part.norm), *[CALLED][: part.relu], *after))
-        elif not all(map(does_nothing, after)):
+            steps.append(_segments.step(conv, norm, *[CALLED][: part.relu], *after))
+        elif not all(map(does_nothing, (norm, *after))):
             raise AttributeError(f"{part.conv} is left out, but not what follows it")
     drop_path = described.drop_path and named(block, described.drop_path)
     activation = CALLED if described.relu else described.activation and named(block, described.activation)
@@ -95,7 +104,7 @@ def _shortcut(block: nn.Module, described: BlockDescription) -> Beside | nn.Modu
     if calls_norm(module):
         children.insert(0, module)
     pool = children.pop(0) if len(children) == 3 and is_plain_average(children[0]) else None
-    if len(children) == 2 and not wrapped("shortcut", module):
+    if len(children) == 2 and not wrapped("shortcut", module) and _is_known(block, module):
         step = _segments.step(*children)
         if not step.after and _segments.refusal(module, [step]) is None and not _segments.pads_same(step.conv):
             return Beside(step, pool)
@@ -103,28 +112,39 @@ def _shortcut(block: nn.Module, described: BlockDescription) -> Beside | nn.Modu
 
 
 def named(block: nn.Module, name: str) -> nn.Module | None:
-    """A module inside a block by its dotted name, None where there is none. AttributeError for what is no module."""
-    for part in name.split("."):
-        if block is None:
+    """A module inside a block by its dotted name; None where there is none, or an identity where it would be inside.
+    AttributeError for what is no module, and where something else is in its place."""
+    inside, *rest = name.split(".")
+    module = _child(block, inside)
+    for part in rest:
+        if module is None or type(module) is nn.Identity:
             return None
-        found = block._modules.get(part)
-        block = getattr(block, part, None) if found is None else found
-    if block is not None and not isinstance(block, nn.Module):
-        raise AttributeError(f"{name} is a {type(block).__name__}, no module")
-    return block
+        if part not in module._modules and not hasattr(module, part):
+            raise AttributeError(f"{inside} is a {type(module).__name__}, without {part}")
+        module, inside = _child(module, part), f"{inside}.{part}"
+    if module is not None and not isinstance(module, nn.Module):
+        raise AttributeError(f"{name} is a {type(module).__name__}, no module")
+    return module
+
+
+def _child(module: nn.Module, name: str):
+    found = module._modules.get(name)
+    return getattr(module, name, None) if found is None else found
 
 
 def refusal(block: nn.Module) -> Reason | None:
     """Why the block, as it is now, must run its original forward."""
     described = BLOCKS[original_name(block)]
     try:
-        found = find(block, described)
+        found, containers = find(block, described), _containers(block, described)
     except AttributeError as error:
         return Reason("children", str(error))
     if not found.steps:
         return Reason("children", "there is no convolution")
-    for container in _containers(block, described):
-        reason = wrapped("a module between the block and its convolutions", container)
+    for name, container in containers:
+        reason = wrapped(name, container)
+        if reason is None and not _is_known(block, container):
+            reason = Reason("module_type", f"{name} is a {type(container).__name__}, which is not read")
         if reason:
             return reason
     beside = [found.shortcut.step] if isinstance(found.shortcut, Beside) else []
@@ -140,7 +160,7 @@ def refusal(block: nn.Module) -> Reason | None:
 def owned(block: nn.Module) -> list[nn.Module]:
     described = BLOCKS[original_name(block)]
     found = find(block, described)
-    inside = [*_segments.bypassed(found.steps), *_containers(block, described)]
+    inside = [*_segments.bypassed(found.steps), *(module for _, module in _containers(block, described))]
     if isinstance(found.shortcut, Beside):
         inside += [named(block, described.shortcut), *_segments.bypassed([found.shortcut.step])]
     if type(found.activation) is nn.ReLU:
@@ -153,7 +173,8 @@ def watched(block: nn.Module) -> list[nn.Module]:
     described = BLOCKS[original_name(block)]
     names = [name for part in described.parts for name in (part.conv, part.norm, *part.after)]
     names += [*described.attention, described.drop_path, described.shortcut, described.activation]
-    found = [*_containers(block, described), *(named(block, name) for name in names if name is not None)]
+    found = [module for _, module in _containers(block, described)]
+    found += [named(block, name) for name in names if name is not None]
     found += [child for module in found if module is not None for child in module._modules.values()]
     if described.row:  # in which BatchNorms may have activations inside
         found += [inner for m in _segments.flattened(named(block, described.row)) for inner in m._modules.values()]
@@ -236,13 +257,28 @@ def _tensor(shortcut: Beside | nn.Module | Tensor | None, x: Tensor, backend: st
     return _segments.chain(Segment(((*shortcut.step[:2], None),), False, ()), source, backend)
 
 
-def _containers(block: nn.Module, described: BlockDescription) -> list[nn.Module]:
-    """The modules between the block and its convolutions."""
+def _containers(block: nn.Module, described: BlockDescription) -> list[tuple[str, nn.Module]]:
+    """The modules between the block and its convolutions, by name. AttributeError where one has a child that is not
+    described."""
+    parts = [name for part in described.parts for name in (part.conv, part.norm, *part.after)]
     names = dict.fromkeys(
         name[:i] for part in described.parts for name in (part.conv, part.norm) for i, c in enumerate(name) if c == "."
     )
-    found = [m for m in (named(block, name) for name in names) if m is not None]
+    found = [(name, module) for name in names if (module := named(block, name)) is not None]
+    others = [*parts, *described.attention]
+    for name, module in found:
+        for child, inner in module._modules.items():
+            full = f"{name}.{child}"
+            if not does_nothing(inner) and not any(f"{other}.".startswith(f"{full}.") for other in others):
+                raise AttributeError(f"{full} is not described")
     if described.row:
         row = named(block, described.row)
-        found += [row, *(m for m in row.modules() if _segments.is_container(m) and m is not row)]
+        found.append((described.row, row))
+        inner = (m for m in row.modules() if _segments.is_container(m) and m is not row)
+        found += [(f"a {type(m).__name__} in {described.row}", m) for m in inner]
     return found
+
+
+def _is_known(block: nn.Module, container: nn.Module) -> bool:
+    """Whether a module is of a class that calls its children in order. Who registers a block vouches for its own."""
+    return original_name(block) not in OURS or original_name(container) in WRAPPERS

@@ -369,7 +369,7 @@ def original_class(cls: type) -> type:
 
 def original_name(block: nn.Module) -> str:
     """The qualified name of a block's class, or of the one that its fused class was made from."""
-    cls = type(block).__dict__.get("original", type(block))
+    cls = getattr(type(block), "original", type(block)) if isinstance(block, FusedMixin) else type(block)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
