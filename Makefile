@@ -32,7 +32,7 @@ help:
 	@echo 'make sanitize    the C++ kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make bench       correctness gate, then time and memory; FULL=1 for every case, BENCH_ARGS=... for options'
 	@echo 'make bench COMPARE=REVISION   this tree and another revision, step by step in turn'
-	@echo 'make results     all of the above and more into OUT=folder: hours'
+	@echo 'make results     what is above and more, as files in OUT=folder: hours'
 	@echo 'make suites      primitives, blocks and networks under pytest-benchmark; FULL=1 for all of them'
 	@echo 'make verify      train a small network, eager and fused from the same start'
 	@echo 'make profile     a steady window of ResNet-50 steps under nsys, with its reports; PROFILE_ARGS=... OUT=folder'
@@ -120,7 +120,6 @@ suites: build
 	@$(PY) -m pytest benchmarks -q -p no:cacheprovider --benchmark-only $(if $(FULL),--full) \
 	  --benchmark-group-by=group --benchmark-columns=median,iqr,rounds $(BENCH_ARGS)
 
-# Everything that this machine can say; what a GPU alone can say besides is make gpu's.
 results: build
 	@$(PYTEST) -m 'gate and not gpu'
 	@mkdir -p $(OUT)

@@ -22,7 +22,7 @@ def rows(results: dict) -> list[str]:
         name = subject if passes == "forward+backward" else f"{subject} ({passes})"
         cells = [
             f"{name}, batch {batch}",
-            _shares(results["memory"], subject, None, "saved_bytes"),
+            _shares(results["memory"], subject, batch, "saved_bytes"),
             _shares(results["memory"], subject, batch, "peak_bytes"),
             *(_speed({row["implementation"]: row for row in found if row["mode"] == mode}) for mode in MODES),
         ]
@@ -30,16 +30,15 @@ def rows(results: dict) -> list[str]:
     return lines
 
 
-def _shares(memory: list[dict], subject: str, batch: int | None, field: str) -> str:
-    """Ours over eager's in each mode, at a batch or at the largest."""
+def _shares(memory: list[dict], subject: str, batch: int, field: str) -> str:
+    """Ours over eager's in each mode, "-" where that was not counted at this batch."""
     found = []
     for mode in MODES:
-        own = [row for row in memory if (row["subject"], row["mode"]) == (subject, mode)]
-        at = batch or max((row["batch"] for row in own), default=None)
-        sizes = {row["implementation"]: row[field] for row in own if row["batch"] == at}
-        if sizes.get("resfuse") and sizes.get("eager"):
-            found.append(f"{sizes['resfuse'] / sizes['eager']:.2f}x")
-    return " / ".join(found) or "-"
+        at = [row for row in memory if (row["subject"], row["mode"], row["batch"]) == (subject, mode, batch)]
+        sizes = {row["implementation"]: row[field] for row in at}
+        known = sizes.get("resfuse") and sizes.get("eager")
+        found.append(f"{sizes['resfuse'] / sizes['eager']:.2f}x" if known else "-")
+    return " / ".join(found) if set(found) != {"-"} else "-"
 
 
 def _speed(found: dict[str, dict]) -> str:

@@ -36,7 +36,8 @@ class FuseError(ValueError):
 class FuseConfig:
     """How fused blocks run.
 
-    backend: "auto", or the name of one kernel set that must then run every primitive ("eager").
+    backend: "auto", or one kernel set that must then run every primitive: "triton" or "eager". "cpu" and "cuda" lack
+    some, so that `fuse` raises Unsupported.
     memory: "balanced" keeps two narrow activations, the input and a 1-bit mask per bottleneck; "lean" the two narrow
     ones alone, where fused blocks follow one another in an nn.Sequential; "leanest" one of them. A float is the peak
     of a step that is allowed, as a share of eager's: each row of blocks is then as lean as it has to be.
@@ -85,7 +86,8 @@ class Report:
         lines = [f"{len(self.fused)} blocks fused, {share} of convolution multiply-adds (input {size})"]
         for title, rows in (
             ("fused", self.fused), ("run", self.runs), ("not fused", self.skipped), ("note", self.notes),
-            ("ran the original forward", self.fallbacks), ("cut a run", self.splits), ("kernel fallback", self.kernels),
+            ("ran the original forward", self.fallbacks), ("cut a run", self.splits),
+            ("kernel fallback (of this process)", self.kernels),
         ):
             if rows:
                 lines += ["", title, *_columns([(first or "(the model)", *rest) for first, *rest in rows])]

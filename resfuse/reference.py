@@ -52,7 +52,7 @@ def block(
         main = conv_bn(activated(main, before), c)
     if row_scale is not None:
         main = main * row_scale.to(main.dtype)[:, None, None, None]
-    residual = _shortcut(shortcut, x, first, main)
+    residual = _shortcut(shortcut, x, first)
     if residual is not None:
         main = main + residual if gate is None else gate * main + (1 - gate) * residual
     out = main * scale
@@ -73,7 +73,7 @@ def bn_relu(x: Tensor, bn, pool=None) -> Tensor:
     return y if pool is None else F.max_pool2d(y, *pool)
 
 
-def _shortcut(shortcut, x: Tensor, first: Tensor, main: Tensor) -> Tensor | None:
+def _shortcut(shortcut, x: Tensor, first: Tensor) -> Tensor | None:
     if shortcut is None or isinstance(shortcut, Tensor):
         return x if shortcut is None else shortcut
     if isinstance(shortcut, str):

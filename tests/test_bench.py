@@ -1,5 +1,6 @@
 """`python -m resfuse`: a red gate reports no speed, results are complete, training is judged."""
 
+import csv
 import io
 import json
 import os
@@ -51,6 +52,12 @@ def test_a_run_has_errors_memory_and_time_of_everything(tmp_path):
     environment = results["environment"]
     assert environment["versions"]["torch"] == torch.__version__ and environment["device"] and "commit" in environment
     assert "small-resnet" in text
+    table = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert {row["subject"] for row in table} == {job.subject for job in SMALL_PLAN.jobs}
+    (found,) = [float(row["value"]) for row in table if tuple(row.values())[:6] == (
+        "small-resnet", "float32", RESFUSE.name, ours[0]["layout"], "8", "seconds of forward+backward"
+    )]  # fmt: skip
+    assert found in [row["seconds"]["median"] for row in ours]
 
 
 def test_a_red_gate_reports_no_speed(tmp_path):

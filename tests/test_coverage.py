@@ -3,6 +3,7 @@ beside its eager twin."""
 
 import json
 
+import pytest
 from rich.console import Console
 
 from resfuse.bench import agree, coverage
@@ -43,5 +44,14 @@ def test_models_are_run_once_beside_their_twins(tmp_path, capsys, monkeypatch):
 
 def test_a_model_that_differs_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(agree, "TOLERANCE", 0.0)
-    assert not agree.show("torchvision", ["mnasnet0_5"], None, Console(width=100))
+    path = tmp_path / "agree.json"
+    assert not agree.show("torchvision", ["mnasnet0_5"], path, Console(width=100))
     assert "mnasnet0_5: {" in capsys.readouterr().out
+    assert agree.exceptions(agree.load(path))[2].startswith("| mnasnet0_5 | 2 M | {'evaluation': ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", coverage.LIBRARIES)
+def test_every_model_agrees_with_its_twin(library, tmp_path):
+    """An hour or two."""
+    assert agree.show(library, [], tmp_path / "agree.json", Console(width=100))

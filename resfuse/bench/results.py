@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..testing.timing import Ratio, Summary
 
 SCHEMA = 1
+COLUMNS = ("subject", "mode", "implementation", "layout", "batch", "what", "value", "low", "high")
 TRAINING = ("forward", "forward+backward")
 EVALUATION = ("no_grad", "inference_mode")
 
@@ -109,7 +112,29 @@ class Results:
         }
 
     def write(self, path: str | Path) -> None:
+        """The JSON file, and what was measured as a table: a CSV file beside it."""
         write_json(path, self.as_dict())
+        with open(Path(path).with_suffix(".csv"), "w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(COLUMNS)
+            table.writerows(self.measured())
+
+    def measured(self) -> Iterator[tuple]:
+        """A row of COLUMNS for each number."""
+        for row in self.errors:
+            key = row.subject, row.mode, row.implementation, None, row.batch
+            yield *key, f"error of {row.quantity}", row.ours, None, None
+            yield *key, f"eager's error of {row.quantity}", row.eager, None, None
+        for row in self.memory:
+            key = row.subject, row.mode, row.implementation, row.layout, row.batch
+            yield *key, "saved bytes", row.saved_bytes, None, None
+            if row.peak_bytes is not None:
+                yield *key, "peak bytes", row.peak_bytes, None, None
+        for row in self.times:
+            key = row.subject, row.mode, row.implementation, row.layout, row.batch
+            yield *key, f"seconds of {row.passes}", row.seconds.median, row.seconds.low, row.seconds.high
+            if row.speedup is not None:
+                yield *key, f"speed-up of {row.passes}", row.speedup.median, row.speedup.low, row.speedup.high
 
 
 def write_json(path: str | Path, content: dict) -> None:
