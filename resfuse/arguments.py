@@ -16,6 +16,7 @@ class ArgumentError(ValueError, TypeError):
     """An argument that the block does not take; the message names it. Nothing has run."""
 
 
+SERVED = ("cpu", "cuda")
 STORAGE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -131,11 +132,16 @@ class Block(NamedTuple):
         return isinstance(self.shortcut, (ConvBN, Conv, Pooled))
 
 
+def autocast_enabled(device: str) -> bool:
+    """torch's own asks about no meta device."""
+    return device in SERVED and torch.is_autocast_enabled(device)
+
+
 def storage_dtype(x: Tensor, name: str = "x") -> torch.dtype:
     """The dtype that a block computes in: autocast's for what autocast casts, else x's."""
     check_plain(x, name)
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in STORAGE_DTYPES and x.dtype != torch.float64:
+    if autocast_enabled(device) and x.dtype in STORAGE_DTYPES and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -143,7 +149,7 @@ def storage_dtype(x: Tensor, name: str = "x") -> torch.dtype:
 def check_plain(x: Tensor, name: str) -> None:
     if not isinstance(x, Tensor):
         raise ArgumentError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.device.type not in ("cpu", "cuda"):
+    if x.device.type not in SERVED:
         raise ArgumentError(f"{name} must be on cpu or cuda, got {x.device}")
 
 
@@ -217,7 +223,7 @@ def check_values_per_channel(c: BN | ConvBN | Conv, shape: torch.Size) -> None:
 
 def check_tensors(x: Tensor, dtype: torch.dtype, c: BN | ConvBN | Conv, channels: int, name: str) -> None:
     """Device, shape and dtype of a unit's tensors. channels: those of its BatchNorm and bias."""
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_enabled(x.device.type)
     cast = (dtype,) if dtype == torch.float64 else STORAGE_DTYPES[1:]  # what autocast casts
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for field in ("weight", "bias", "gamma", "beta", "running_mean", "running_var", "num_batches_tracked"):

@@ -236,7 +236,7 @@ def _settled_before(
     settle = partial(_settled, parts, dtype, bn, convs, shortcut, kind, projection)
     if any(c is not None and c.group for c in (bn, *convs, projection)):  # a process group may end: it is not kept here
         return settle()
-    autocast = torch.is_autocast_enabled(parts[0].device.type)
+    autocast = arguments.autocast_enabled(parts[0].device.type)
     key = dtype, autocast, _kind(parts), _kind(bn), _kind(convs), _kind(shortcut)
     try:
         found = _settled_calls.get(key)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .blocks import plans, runs
-from .blocks.mixin import FusedMixin, State, fused_class, original_class, owned
+from .blocks.mixin import FusedMixin, State, conv_refusal, fused_class, original_class, owned
 from .kernels import dispatch, measured
 from .kernels.interface import Reason, Unsupported
 from .memory import plan as memory_plan
@@ -177,7 +177,7 @@ def _memory_plan(
         found.append(memory_plan.Row(fqn, tuple(children)))
     for fqn, module in model.named_modules():
         ends = getattr(plans.plan_of(module), "stem_ends", lambda _: None)(module) if id(module) in chosen else None
-        if ends is not None:
+        if ends is not None and conv_refusal(ends[0], module.get_submodule(ends[0])) is None:
             weight = module.get_submodule(ends[0]).weight
             stems.append(memory_plan.Stem(fqn, *(_inside(fqn, name) for name in ends), weight))
     try:

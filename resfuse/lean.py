@@ -64,24 +64,17 @@ def run(
         )
         made.append((without_wide(spec, inputs) if leanest else spec, inputs))
         part = _written(x, dtype, spec, inputs)
-    out = None
-    while made and not made[0][0].differentiable:  # frozen blocks before the first that trains: they keep nothing
-        spec, inputs = made.pop(0)
-        inputs = inputs if out is None else _reads(spec, inputs, out)
-        out = calls.run(BlockFunction, spec, inputs.flat(), x.device.type, dtype)
-    if not made:
-        return out
-    if out is not None:
-        made[0] = made[0][0], _reads(*made[0], out)
     return calls.updating(partial(_chained, made, leanest), [spec for spec, _ in made], x.device.type, dtype)
 
 
 def _chained(made: list[tuple[Spec, Inputs]], leanest: bool) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """The last block's output, or what `BlockFunction` gives, of a run that trains from its first block on."""
-    shared, out = Run(len(made), leanest), None
-    for spec, inputs in made:
+    """The last block's output, or what `BlockFunction` gives. Frozen blocks before one that trains keep nothing."""
+    frozen = next((i for i, (spec, _) in enumerate(made) if spec.differentiable), len(made))
+    shared, out = Run(len(made) - frozen, leanest), None
+    for i, (spec, inputs) in enumerate(made):
         inputs = inputs if out is None else _reads(spec, inputs, out)
-        out = RunFunction.apply(shared, spec, *inputs.flat())
+        flat = inputs.flat()
+        out = BlockFunction.apply(spec, *flat) if i < frozen else RunFunction.apply(shared, spec, *flat)
     return out
 
 

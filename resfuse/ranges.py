@@ -78,9 +78,10 @@ class profile_ranges:
 
     def _run(self, k, step: str, spec, tensors, call: Callable, *more):
         """`replay.run`, named by the module that runs; in backward by that of its forward."""
-        backward = step.endswith("_backward")
-        if backward:
+        if step.endswith("_backward"):
             name = self.begun.pop(id(spec), (None, ""))[1]
+        elif step.endswith("_again"):  # in backward too, before that
+            name = self.begun.get(id(spec), (None, ""))[1]
         else:
             name = next((name for name, _ in reversed(self._running()) if name is not None), "")
             if spec is not None and spec.differentiable:

@@ -16,6 +16,8 @@ from torchvision.models.regnet import ResBottleneckBlock, SimpleStemIN
 from torchvision.ops.misc import Conv2dNormActivation
 
 import resfuse
+from resfuse import functional
+from resfuse.arguments import ArgumentError
 from resfuse.blocks import _segments, preactivated
 from resfuse.blocks.described import BLOCKS
 from resfuse.blocks.mixin import FusedMixin
@@ -466,3 +468,29 @@ def test_a_subclass_made_later_runs_as_the_block_does():
         module.__class__ = type(f"Sharded{type(module).__name__}", (type(module),), {})
     assert torch.equal(net(x), expected)
     assert resfuse.report(net).fallbacks == [] and len(resfuse.report(net).fused) > 8
+
+
+@pytest.mark.parametrize("name, call, of", [
+    ("regnet with attention", "conv_bn_add_relu", 1), ("inverted, strided, with attention", "conv_bn_relu", 2),
+    ("bottleneck d", "conv_bn_add_relu", 1), ("bottleneck blurred", "conv_bn_add_relu", 1),
+    ("res2net", "conv_bn_relu", 3), ("res2net", "conv_bn_add_relu", 1), ("resnet", "bn_relu", 1),
+    ("unit, blurred", "conv_bn_relu", 1),
+])  # fmt: skip
+def test_a_call_that_does_not_fit_is_done_by_its_modules_alone(name, call, of, monkeypatch):
+    """After others have updated their statistics, which the original forward would update again."""
+    eager, fused = twins(name)
+    x = torch.randn(3, C, 9, 8, dtype=torch.float64)
+    expected, calls, function = step(eager, x), [], getattr(functional, call)
+
+    def refused(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == of:
+            raise ArgumentError("x must be something else")
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(functional, call, refused)
+    found = step(fused, x)
+    assert len(calls) >= of
+    assert [code for _, code, _, count in resfuse.report(fused).fallbacks] == ["argument"]
+    for key, theirs in expected.items():
+        torch.testing.assert_close(found[key], theirs, rtol=1e-9, atol=1e-9)

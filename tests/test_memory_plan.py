@@ -64,7 +64,9 @@ SIZE = 8, 3, 128, 128
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 def test_eager_is_counted_without_data(block):
     model, x = resnet(block), torch.randn(SIZE)
-    steps = count.steps(model, {"stem": ("conv1", "maxpool"), "first": ("layer1.0", "layer1.0")}, SIZE)
+    marked = {"stem": ("conv1", "maxpool"), "first": ("layer1.0", "layer1.0")}
+    steps, called = count.steps(model, marked, ["layer1", "layer1.0.conv1"], SIZE)
+    assert called == {"layer1", "layer1.0.conv1"}
     x = x.contiguous(memory_format=torch.channels_last)
     assert sum(step.kept for step in steps) == pytest.approx(saved_bytes(lambda: model.train()(x), model), rel=0.02)
     named = {step.name: step for step in steps}

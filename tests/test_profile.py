@@ -70,6 +70,16 @@ def test_nvtx_names_blocks_their_steps_and_primitives(model, nvtx):
     assert [b for b in backward if b.startswith("stages")] == [f"{block} block_backward" for block in BLOCKS[::-1]]
 
 
+def test_what_is_made_again_has_its_rows_name_and_the_backward_after_it(nvtx):
+    rows = resfuse.fuse(small_resnet(seed=0), config=resfuse.FuseConfig(memory="leanest"), input_size=(2, 1, 8, 8))
+    with resfuse.profile_ranges(primitives=False):
+        step(rows)
+    steps = [name.rpartition(" ") for name in nvtx if name is not None and " " in name]
+    assert {step for _, _, step in steps} >= {"block", "block_again", "block_first_again", "block_backward"}
+    assert [name for name, _, step in steps if step == "block_backward"] == ["stages"] * 4 + ["stem"]
+    assert {name for name, _, step in steps if step.endswith("_again")} == {"stages"}
+
+
 def test_torch_profiler_has_the_same_names(model, nvtx):
     with resfuse.profile_ranges(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         step(model)

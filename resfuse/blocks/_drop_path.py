@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..arguments import autocast_enabled
 from .mixin import wrapped
 
 DROP_PATH = "timm.layers.drop", "DropPath"
@@ -22,7 +23,7 @@ def row_scale(drop_path: nn.Module, x: Tensor, weight: Tensor) -> Tensor | None:
         return None
     keep = 1 - drop_path.drop_prob
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = torch.get_autocast_dtype(device) if autocast_enabled(device) else weight.dtype
     drawn = torch.empty((len(x), 1, 1, 1), dtype=dtype, device=x.device).bernoulli_(keep)
     if keep > 0 and drop_path.scale_by_keep:
         drawn.div_(keep)

@@ -7,7 +7,7 @@ chain of one keeps as much as the modules where its activation is ReLU, and make
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from ..arguments import ArgumentError
+from ..functions.composite import activated
 from ..kernels import measured
 from ..kernels.interface import Activation, Reason
-from .mixin import Unproven, conv_refusal, norm_refusal, pads_same, read_modules, wrapped
+from .mixin import (
+    FusedMixin,
+    Unproven,
+    calls_norm,
+    conv_refusal,
+    has_activation,
+    norm_kind,
+    norm_refusal,
+    pads_same,
+    read_modules,
+    wrapped,
+)
 
 FUSED = {  # what the kernels have, besides ReLU
     nn.LeakyReLU: "leaky_relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Hardswish: "hardswish",
@@ -134,17 +147,44 @@ def bypassed(steps: Iterable[Step]) -> Iterator[nn.Module]:
             yield after[0]
 
 
-def run(found: Iterable[Segment], x: Tensor, backend: str) -> Tensor:
+def run(found: Iterable[Segment], x: Tensor, block: FusedMixin) -> Tensor:
     for segment in found:
-        x = chain(segment, x, backend)
+        x = chain(segment, x, block)
         for module in segment.then:
             x = module(x)
     return x
 
 
-def chain(segment: Segment, x: Tensor, backend: str) -> Tensor:
-    x = padded(segment.pairs[0][0], x)
-    return functional.conv_bn_relu(x, *convs(segment), relu=segment.ends, backend=backend)
+def chain(segment: Segment, x: Tensor, block: FusedMixin) -> Tensor:
+    def fused() -> Tensor:
+        own = padded(segment.pairs[0][0], x)
+        return functional.conv_bn_relu(own, *convs(segment), relu=segment.ends, backend=block.resfuse_state.backend)
+
+    return attempt(block, fused, lambda: called(segment, x))
+
+
+def attempt(block: FusedMixin, fused: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:
+    """fused(), one of several calls that stand for a forward; where its arguments do not fit, which shows before it has
+    done anything, otherwise(): after other calls the original forward would do those again."""
+    if torch.compiler.is_compiling():
+        return fused()
+    try:
+        return fused()
+    except ArgumentError as error:
+        block.resfuse_state.count(Reason("argument", str(error)))
+        return otherwise()
+
+
+def called(segment: Segment, x: Tensor) -> Tensor:
+    """The chain's modules, one after the other."""
+    for i, (conv, norm, act) in enumerate(segment.pairs):
+        z = nn.Conv2d.forward(conv, x) if calls_norm(conv) else conv(x)
+        if has_activation(type(norm)):  # which is not of the chain where something lies between
+            z = (nn.SyncBatchNorm if norm_kind(type(norm)) == "sync" else nn.BatchNorm2d).forward(norm, z)
+        else:
+            z = norm(z)
+        x = activated(z, act) if segment.ends or i + 1 < len(segment.pairs) else z
+    return x
 
 
 def convs(segment: Segment) -> list[functional.ConvBN]:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..arguments import ConvBN
 from ..kernels.interface import Reason
+from . import _segments
+from ._segments import Segment
 from .mixin import conv_refusal, norm_kind, norm_refusal, plain_refusal, read_modules
 
 ORIGINALS = ("timm.models.res2net.Bottle2neck", "timm.models.dla.DlaBottle2neck")
@@ -30,25 +31,33 @@ def refusal(block: nn.Module) -> Reason | None:
 
 
 def run(block: nn.Module, x: Tensor, backend: str, shortcut: Tensor | None = None, *_) -> Tensor:
-    first, *middle, last = (read_modules(*pair) for pair in _pairs(block).values())
-    parts = torch.split(functional.conv_bn_relu(x, first, backend=backend), block.width, 1)
+    first, *middle, last = _pairs(block).values()
+    parts = torch.split(_segments.chain(_rectified(first), x, block), block.width, 1)
     outputs, sums = [], not block.is_first
-    for i, conv in enumerate(middle):
+    for i, pair in enumerate(middle):
         source = parts[i] + outputs[-1] if sums and i > 0 else parts[i]
-        outputs.append(functional.conv_bn_relu(source, conv, backend=backend))
+        outputs.append(_segments.chain(_rectified(pair), source, block))
     if block.scale > 1:
         outputs.append(parts[-1] if block.pool is None else block.pool(parts[-1]))
     if shortcut is None:
         downsample = getattr(block, "downsample", None)
         shortcut = x if downsample is None else downsample(x)
-    return _sum(outputs, last, getattr(block, "se", None), shortcut, backend)
+    attention, conv = getattr(block, "se", None), read_modules(*last)
+
+    def fused() -> Tensor:
+        if attention is None:
+            return functional.conv_bn_add_relu(outputs, conv, shortcut=shortcut, backend=backend)
+        return torch.relu(attention(functional.conv_bn_relu(outputs, conv, relu=False, backend=backend)) + shortcut)
+
+    def called() -> Tensor:
+        out = _segments.called(Segment(((*last, None),), False, ()), torch.cat(outputs, 1))
+        return torch.relu((out if attention is None else attention(out)) + shortcut)
+
+    return _segments.attempt(block, fused, called)
 
 
-def _sum(outputs: list[Tensor], last: ConvBN, attention: nn.Module | None, shortcut: Tensor, backend: str) -> Tensor:
-    if attention is None:
-        return functional.conv_bn_add_relu(outputs, last, shortcut=shortcut, backend=backend)
-    out = attention(functional.conv_bn_relu(outputs, last, relu=False, backend=backend))
-    return torch.relu(out + shortcut)
+def _rectified(pair: tuple[nn.Module, nn.Module]) -> Segment:
+    return Segment(((*pair, None),), True, ())
 
 
 def forms(block: nn.Module) -> str:

@@ -21,7 +21,7 @@ from ._drop_path import drops_rows, row_scale
 from ._pool import average_window, is_plain_average
 from ._segments import Segment, Step, does_nothing
 from .descriptions import BLOCKS, BlockDescription
-from .mixin import CALLS_NORM, SOME, calls_norm, norm_kind, original_name, plain_refusal, wrapped
+from .mixin import CALLS_NORM, SOME, FusedMixin, calls_norm, norm_kind, original_name, plain_refusal, wrapped
 
 LISTS = False
 OWNS = SOME
@@ -188,20 +188,30 @@ def run(block: nn.Module, x: Tensor, backend: str, given: Tensor | None = None, 
     _segments.check_proven(steps, x, backend)
     shortcut = shortcut if given is None else given
     *before, last = _segments.segments(steps)
-    y = _segments.run(before, x, backend)
+    y = _segments.run(before, x, block)
     if isinstance(shortcut, str) or not _fits(found, last):
-        y = _segments.run([last], y, backend)
+        y = _segments.run([last], y, block)
         for module in attention:
             y = module(y)
         if not isinstance(shortcut, str):
-            y = (y if drop_path is None else drop_path(y)) + _tensor(shortcut, x, backend)
+            y = (y if drop_path is None else drop_path(y)) + _tensor(shortcut, x, block)
         return y if activation is None else activation(y)
-    y = _segments.padded(last.pairs[0][0], y)
     convs, relu = _segments.convs(last), type(activation) is nn.ReLU
-    beside = _argument(shortcut, x) if y is x else _tensor(shortcut, x, backend)
+    beside = _argument(shortcut, x) if len(before) == 0 else _tensor(shortcut, x, block)
     rows = None if drop_path is None else row_scale(drop_path, x, convs[-1].weight)
-    out = functional.conv_bn_add_relu(y, *convs, shortcut=beside, relu=relu, row_scale=rows, backend=backend)
-    return out if relu or activation is None else activation(out)
+
+    def fused() -> Tensor:
+        own = _segments.padded(last.pairs[0][0], y)
+        out = functional.conv_bn_add_relu(own, *convs, shortcut=beside, relu=relu, row_scale=rows, backend=backend)
+        return out if relu or activation is None else activation(out)
+
+    def called() -> Tensor:
+        out = _segments.called(last, y)
+        out = out if rows is None else out * rows[:, None, None, None]
+        out = out + (beside if isinstance(beside, Tensor) else _tensor(shortcut, x, block))
+        return out if activation is None else activation(out)
+
+    return _segments.attempt(block, fused, called)
 
 
 def _fits(found: Found, last: Segment) -> bool:
@@ -221,7 +231,8 @@ def as_block(block: nn.Module, x: Tensor) -> Block | Reason:
         return Reason("called", "it calls modules of its own")
     if type(found.activation) not in (nn.ReLU, type(None)):
         return Reason("called", f"it calls its {type(found.activation).__name__}")
-    unproven = _segments.unproven(found.steps, x, block.resfuse_state.backend)
+    backend = block.resfuse_state.backend if isinstance(block, FusedMixin) else "auto"  # it may be counted before
+    unproven = _segments.unproven(found.steps, x, backend)
     if unproven:
         return Reason("unproven", unproven)
     convs = tuple(_segments.convs(last))
@@ -247,14 +258,14 @@ def _argument(shortcut: Beside | nn.Module | Tensor | None, x: Tensor):
     return Pooled(conv, average_window(shortcut.pool), shortcut.pool.count_include_pad)
 
 
-def _tensor(shortcut: Beside | nn.Module | Tensor | None, x: Tensor, backend: str) -> Tensor:
+def _tensor(shortcut: Beside | nn.Module | Tensor | None, x: Tensor, block: nn.Module) -> Tensor:
     """The shortcut's output."""
     if shortcut is None or isinstance(shortcut, Tensor):
         return x if shortcut is None else shortcut
     if not isinstance(shortcut, Beside):
         return shortcut(x)
     source = x if shortcut.pool is None else shortcut.pool(x)
-    return _segments.chain(Segment(((*shortcut.step[:2], None),), False, ()), source, backend)
+    return _segments.chain(Segment(((*shortcut.step[:2], None),), False, ()), source, block)
 
 
 def _containers(block: nn.Module, described: BlockDescription) -> list[tuple[str, nn.Module]]:

@@ -110,16 +110,20 @@ def run(model: nn.Module, x: Tensor, backend: str) -> Tensor:
     described, (stem, head) = BLOCKS[original_name(model)], find(model)
     _segments.check_proven([step for step in (stem, head) if step is not None], x, backend)
     if stem is not None:
-        x = _segments.run(_segments.segments([stem]), x, backend)
+        x = _segments.run(_segments.segments([stem]), x, model)
         x = x if described.pool is None else getattr(model, described.pool)(x)
     else:
         conv, norm, pool = (getattr(model, name) for name in (*described.stem, described.pool))
-        fits = type(pool) in (nn.MaxPool2d, nn.Identity)
-        x = functional.bn_relu(conv(x), read_norm(norm), window(pool) if fits else None, backend=backend)
+        fits, z, act = type(pool) in (nn.MaxPool2d, nn.Identity), conv(x), getattr(model, described.act)
+        x = _segments.attempt(
+            model,
+            lambda: functional.bn_relu(z, read_norm(norm), window(pool) if fits else None, backend=backend),
+            lambda: pool(act(norm(z))) if fits else act(norm(z)),
+        )
         x = x if fits else pool(x)
     for name in described.layers:
         x = getattr(model, name)(x)
-    return x if head is None else _segments.run(_segments.segments([head]), x, backend)
+    return x if head is None else _segments.run(_segments.segments([head]), x, model)
 
 
 def forms(model: nn.Module) -> str:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..arguments import ArgumentError
 from ..functional import Block
 from ..kernels.interface import Reason
 from . import _stats, plans
-from .mixin import SOME, FusedMixin, original_class, wrapped
+from .mixin import SOME, FusedMixin, State, original_class, wrapped
 
 LISTS = False
 OWNS = SOME
@@ -73,7 +74,7 @@ def run(sequence: nn.Sequential, x: Tensor, backend: str) -> Tensor:
         if waiting and (block.projects or len(waiting) == state.every):
             x = _run(waiting, x, state)
             waiting = []
-        waiting.append(block)
+        waiting.append((module, block))
     return _run(waiting, x, state)
 
 
@@ -90,12 +91,17 @@ def _as_block(sequence: nn.Sequential, name: str, module: nn.Module, x: Tensor) 
     return Reason(block.code, f"{name}: {block.text}") if isinstance(block, Reason) else block
 
 
-def _run(blocks: list[Block], x: Tensor, state) -> Tensor:
-    if not blocks:
+def _run(waiting: list[tuple[nn.Module, Block]], x: Tensor, state: State) -> Tensor:
+    if not waiting:
         return x
-    found = functional.run(
-        x, blocks, leanest=state.memory == "leanest", stats=_stats.take(x), backend=state.backend
-    )
+    blocks, leanest = [block for _, block in waiting], state.memory == "leanest"
+    try:
+        found = functional.run(x, blocks, leanest=leanest, stats=_stats.take(x), backend=state.backend)
+    except ArgumentError as error:  # nothing of these has run, but what was before them has
+        state.split(Reason("argument", str(error)))
+        for module, _ in waiting:
+            x = module(x)
+        return x
     return found if isinstance(found, Tensor) else _stats.leave(*found)
 
 

@@ -63,7 +63,7 @@ def run(block: nn.Sequential, x: Tensor, backend: str) -> Tensor:
     parts = find(block)
     _segments.check_proven((step for part in parts if isinstance(part, list) for step in part), x, backend)
     for part in parts:
-        x = _segments.run(_segments.segments(part), x, backend) if isinstance(part, list) else part(x)
+        x = _segments.run(_segments.segments(part), x, block) if isinstance(part, list) else part(x)
     return x
 
 

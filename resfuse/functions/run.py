@@ -37,6 +37,7 @@ class Run:
         self.length, self.leanest = length, leanest
         self.noted: list[Block] = []
         self.left: list[Block] = []
+        self.versions: list[list[int]] = []  # of what is left, as torch notes them of what is saved
 
 
 class Block(NamedTuple):
@@ -74,10 +75,16 @@ class RunFunction(torch.autograd.Function):
         if ctx.last:
             blocks = list(_blocks(ctx.saved_tensors, ctx.counts))  # read once: hooks may recompute them
             ctx.run.left = _followed(blocks) if differentiable else _made_again(blocks)
-        spec, inputs, saved = ctx.run.left.pop()
+            ctx.run.versions = [_versions(left) for left in ctx.run.left]
+        spec, inputs, saved = left = ctx.run.left.pop()
+        if _versions(left) != ctx.run.versions.pop():
+            raise RuntimeError(
+                "an input or a parameter of a block was modified by an inplace operation after the backward of a later "
+                "block of its run had begun: its gradients cannot be computed"
+            )
         needs = ctx.needs_input_grad[2:]
         if not needs[0]:  # nobody before is going to ask
-            ctx.run.left = []
+            ctx.run.left, ctx.run.versions = [], []
         if differentiable:
             sync.check_first_order(spec)
             with torch.autocast(dout.device.type, enabled=False):
@@ -86,6 +93,10 @@ class RunFunction(torch.autograd.Function):
         if spec.units[0].form == KEEP and saved[0] is None:
             saved = [block.first_again(spec, inputs, saved), *saved[1:]]
         return None, None, *spec.steps.backward(spec, inputs, saved, dout, needs)
+
+
+def _versions(left: Block) -> list[int]:
+    return [t._version for t in (*left.inputs, *left.saved) if t is not None]
 
 
 def _held(run: Run, last: bool, spec: Spec, inputs: Inputs, made: Made) -> Saved:
@@ -97,8 +108,11 @@ def _held(run: Run, last: bool, spec: Spec, inputs: Inputs, made: Made) -> Saved
 
 
 def drops_first(spec: Spec, inputs: Inputs) -> bool:
-    """Whether the first convolution's raw output is kept for backward alone, and a 1x1 can make it again."""
-    return len(spec.units) > 1 and spec.units[0].form == KEEP and units.is_pointwise(spec.units[0], inputs.units[0])
+    """Whether the first convolution's raw output is kept for the block's own backward alone, since its output is made
+    again without it, and a 1x1 can make it again."""
+    first, count = spec.units[0], len(spec.units)
+    alone = count > 2 or (count == 2 and spec.units[1].form == KEEP)
+    return alone and first.form == KEEP and units.is_pointwise(first, inputs.units[0])
 
 
 def _made_again(blocks: list[Block]) -> list[Block]:

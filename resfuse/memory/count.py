@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -67,20 +68,25 @@ class Held(NamedTuple):
     projects: bool
 
 
-def steps(model: nn.Module, marked: dict[str, tuple[str, str]], input_size: Sequence[int]) -> list[Step]:
-    """The parts of a training forward in order. marked: names of parts, the first and the last module of each. Raises
-    Uncounted."""
+def steps(
+    model: nn.Module, marked: dict[str, tuple[str, str]], watched: Iterable[str], input_size: Sequence[int]
+) -> tuple[list[Step], set[str]]:
+    """The parts of a training forward in order, and which of the watched modules are called. marked: names of parts,
+    the first and the last module of each. Raises Uncounted."""
+    called: set[str] = set()
     try:
         twin = twin_of(model).train().requires_grad_()
         modules, counted = dict(twin.named_modules()), _Counted(twin)
         for name, (first, last) in marked.items():
             counted.mark(name, modules[first], modules[last])
+        for name in watched:
+            modules[name].register_forward_pre_hook(lambda *_, name=name: called.add(name))
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(counted.keep, lambda t: t):
             twin(without_data(twin, input_size))
     except Exception as error:  # a model may want other inputs, look at its data, or not be copied
         size = "x".join(map(str, input_size))
         raise Uncounted(f"an input of {size} does not run through the model ({error}); see input_size") from error
-    return counted.end()
+    return counted.end(), called
 
 
 class _Counted:
@@ -128,6 +134,19 @@ class _Counted:
         return self.steps
 
 
+@contextmanager
+def trained(model: nn.Module) -> Iterator[None]:
+    """Inside, a model in evaluation is in training; of one in training what is not stays so."""
+    modules = [] if model.training else [module for module in model.modules() if not module.training]
+    for module in modules:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = False
+
+
 def without_data(model: nn.Module, size: Sequence[int]) -> Tensor:
     """An input of the model's dtype on the meta device."""
     dtype = next((t.dtype for t in model.parameters() if t.is_floating_point()), torch.float32)
@@ -162,7 +181,7 @@ def held(module: nn.Module, plan, step: Step) -> Held | None:
         return None
     made = ops.describe_block(spec, inputs.flat())
     shorter = lean.without_wide(spec, inputs)
-    first = _bytes(made.saved.zs[:1]) if run.drops_first(spec, inputs) else 0
+    first = _bytes(made.saved.zs[:1]) if run.drops_first(shorter, inputs) else 0
     kept, mask = _bytes(made.saved._replace(mask=None)), _bytes(made.saved.mask)
     wide = kept - _bytes(ops.describe_block(shorter, inputs.flat()).saved._replace(mask=None))
     sizes = [_bytes(z) for z in made.saved.zs]

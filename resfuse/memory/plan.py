@@ -43,9 +43,11 @@ def make(
     """memory: as in `FuseConfig`. Raises `count.Uncounted`, and ValueError where a share is less than can be."""
     marked = {stem.fqn: (stem.first, stem.last) for stem in stems}
     marked |= {name: (name, name) for row in rows for name, _, _ in row.children}
-    steps = count.steps(model, marked, input_size)
+    steps, called = count.steps(model, marked, [row.fqn for row in rows], input_size)
+    runs = [row for row in rows if row.fqn in called]  # a model may iterate over others, and call each block itself
     eager = search.peak(Option("eager", 1, step.kept, step.peak) for step in steps)
-    names, parts = _parts(steps, rows, stems, memory)
+    with count.trained(model):
+        names, parts = _parts(steps, runs, stems, memory)
     try:
         choice = search.fastest(parts, memory * eager) if isinstance(memory, float) else search.leanest(parts)
     except search.Impossible as found:
@@ -75,15 +77,14 @@ def _parts(
     steps: Sequence[Step], rows: Sequence[Row], stems: Sequence[Stem], memory: str | float
 ) -> tuple[list[str | None], list[list[Option]]]:
     """The parts of a forward in order, by name: rows and stems with their options, others with the one they have."""
-    of_row = {name: row for row in rows for name, _, _ in row.children}
+    of_row, of_stem = {name: row for row in rows for name, _, _ in row.children}, {stem.fqn: stem for stem in stems}
     named, found = {step.name: step for step in steps}, {}
     for i, step in enumerate(steps):
         if step.name in of_row:
             row = of_row[step.name]
             found[row.fqn] = lambda row=row: _row_options(row, named, memory)
-        elif step.name is not None:
-            stem = next(stem for stem in stems if stem.fqn == step.name)
-            found[step.name] = lambda step=step, stem=stem: _stem_options(step, stem, memory)
+        elif step.name in of_stem:
+            found[step.name] = lambda step=step: _stem_options(step, of_stem[step.name], memory)
         else:
             found[i] = lambda step=step: [Option("eager", 1, step.kept, step.peak)]
     return [name if isinstance(name, str) else None for name in found], [options() for options in found.values()]
