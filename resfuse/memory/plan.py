@@ -49,7 +49,10 @@ def make(
     with count.trained(model):
         names, parts = _parts(steps, runs, stems, memory)
     try:
-        choice = search.fastest(parts, memory * eager) if isinstance(memory, float) else search.leanest(parts)
+        if isinstance(memory, float):
+            choice = search.fastest(parts, memory * eager)
+        else:
+            choice = search.leanest(parts, MORE if memory == "leanest" else 0.0)
     except search.Impossible as found:
         raise ValueError(
             f"memory={memory}: the least possible peak of a step is {found.least / eager:.3f} of eager's, blocks in no "
@@ -60,6 +63,7 @@ def make(
     return Plan(options, choice.peak / eager)
 
 
+MORE = 0.1  # of what leanest keeps, for time: the peak, which decides what fits, is as it was
 SHORT = 8  # blocks in a row: what backward makes again of so many is small beside what it has freed by then
 
 
@@ -109,7 +113,7 @@ def _row_options(row: Row, steps: dict[str, Step], memory: str | float) -> list[
     ]
     n = len(blocks)
     lengths = {-(-n // every): every for every in range(n, 0, -1)}.values()
-    kinds = ("lean", "leanest") if isinstance(memory, float) else (memory,)
+    kinds = ("lean",) if memory == "lean" else ("lean", "leanest")
     options = [_option(blocks, kind, every) for kind in kinds for every in lengths]
     return [_option(blocks, "balanced", 1), *options] if isinstance(memory, float) else options
 

@@ -41,11 +41,13 @@ class Impossible(ValueError):
 ABOUT = 1 / 64  # by which the counts themselves are wrong, and more
 
 
-def leanest(parts: Sequence[Sequence[Option]]) -> Choice:
-    """Of the choices with about the least peak that which keeps least; of those the fastest."""
+def leanest(parts: Sequence[Sequence[Option]], more: float = 0.0) -> Choice:
+    """Of the choices with about the least peak the fastest that keeps as little as can be, or by a share `more`."""
     choices = _choices(parts)
     enough = (1 + ABOUT) * min(c.peak for c in choices)
-    return min((c for c in choices if c.peak <= enough), key=lambda c: (c.saved, c.time, c.peak))
+    found = [c for c in choices if c.peak <= enough]
+    little = (1 + more) * min(c.saved for c in found)
+    return min((c for c in found if c.saved <= little), key=lambda c: (c.time, c.saved, c.peak))
 
 
 def fastest(parts: Sequence[Sequence[Option]], limit: float) -> Choice:
