@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -85,9 +86,9 @@ class Trained:
         self.forward().backward()
 
 
-def measure(subject: str, mode: str, rounds: int) -> dict:
+def measure(subject: str, mode: str, ways: Sequence[str], rounds: int) -> dict:
     workload = make(subject, mode, BATCH)
-    steps = {way: Trained(workload, way) for way in WAYS if rounds or way != COMPILED}
+    steps = {way: Trained(workload, way) for way in ways if rounds or way != COMPILED}
     rows = {}
     for way, trained in steps.items():
         trained.step()
@@ -159,6 +160,7 @@ def plot(results: dict, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Memory over a step.")
     parser.add_argument("--subjects", default=SUBJECTS, help=f"network:mode, with commas between (default: {SUBJECTS})")
+    parser.add_argument("--ways", default=";".join(WAYS), help=f"of {'; '.join(WAYS)}")
     parser.add_argument("--out", type=Path, default=Path("resfuse-memory-step.json"))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--plot", type=Path, metavar="PNG")
@@ -167,10 +169,12 @@ def main() -> int:
     if options.table:
         print("\n".join(table(json.loads(options.table.read_text()))))
         return 0
+    ways = options.ways.split(";")
     command = f"python -m benchmarks.memory_step --subjects {options.subjects} --rounds {options.rounds}"
+    command += "" if ways == list(WAYS) else f' --ways "{options.ways}"'
     results = {"command": command, "environment": environment(), "steps": []}
     for subject, mode in (each.split(":") for each in options.subjects.split(",")):
-        results["steps"].append(measure(subject, mode, options.rounds))
+        results["steps"].append(measure(subject, mode, ways, options.rounds))
         write_json(options.out, results)
     if options.plot:
         plot(results, options.plot)
