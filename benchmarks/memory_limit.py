@@ -23,12 +23,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import memory_step
+from benchmarks.memory_step import COMPILED, EAGER, Trained
 from resfuse.bench.results import write_json
 from resfuse.bench.workloads import make
 from resfuse.testing.environment import environment
-
-from . import memory_step
-from .memory_step import COMPILED, EAGER, Trained
 
 MIB = 2**20
 LEARNING_RATE = 0.01
