@@ -25,7 +25,7 @@ from resfuse.testing.environment import environment
 GIB = 2**30
 MEMORIES = (16, 80)  # GiB
 COPIES = 2  # of the parameters, held through a step: themselves and SGD's momentum
-HEAD = ("| | kept | of eager's | peak of a step | of eager's |", "|---|---|---|---|---|")
+HEAD = ("| | kept | of eager's | peak of a step | of eager's | eager / it, time |", "|---|---|---|---|---|---|")
 
 
 def counts(subject: str, mode: str, batches: Sequence[int], device: torch.device, names: Sequence[str]) -> list[dict]:
@@ -82,17 +82,22 @@ def table(results: dict) -> list[str]:
     lines = [f"{HEAD[0]} {memories} |", HEAD[1] + "---|" * len(MEMORIES)]
     batch = max(results["batches"])
     eager = next(row for row in results["rows"] if row["name"] == "eager")
+    speeds = {row["name"]: _speed(row["speedup"]) for row in results.get("times", ())}
     for row in results["rows"]:
         if row["reason"]:
-            lines.append(f"| {row['name']} | {row['reason']} |{' |' * (3 + len(MEMORIES))}")
+            lines.append(f"| {row['name']} | {row['reason']} |{' |' * (4 + len(MEMORIES))}")
             continue
         kept, peak = row["saved_bytes"], row["peaks"][str(batch)]
         fit = [str(largest_batch(row["peaks"], results["held_bytes"], gib * GIB)) for gib in MEMORIES]
         lines.append(
             f"| {row['name']} | {kept / 2**20:.0f} MiB | {kept / eager['saved_bytes']:.2f}x | {peak / 2**20:.0f} MiB | "
-            f"{peak / eager['peaks'][str(batch)]:.2f}x | {' | '.join(fit)} |"
+            f"{peak / eager['peaks'][str(batch)]:.2f}x | {speeds.get(row['name'], '')} | {' | '.join(fit)} |"
         )
     return lines
+
+
+def _speed(found: dict | None) -> str:
+    return "1" if found is None else f"{found['median']:.2f}x ({found['low']:.2f}-{found['high']:.2f})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
