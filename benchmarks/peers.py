@@ -119,8 +119,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names, batches = options.names.split(";"), [int(batch) for batch in options.batches.split(",")]
     held = COPIES * sum(p.nbytes for p in make(options.subject, options.mode, 1).model.parameters())
     given = sys.argv[1:] if arguments is None else arguments
+    kept = (a for before, a in zip(("", *given), given, strict=False) if "--out" not in (before, a))
     results = {
-        "command": " ".join(["python -m benchmarks.peers", *given]), "environment": environment(options.device),
+        "command": " ".join(["python -m benchmarks.peers", *kept]), "environment": environment(options.device),
         "subject": options.subject, "mode": options.mode, "batches": batches, "held_bytes": held,
         "rows": counts(options.subject, options.mode, batches, options.device, names),
     }  # fmt: skip

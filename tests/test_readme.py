@@ -111,6 +111,12 @@ def test_the_tables_of_the_roofline_are_what_their_results_file_gives():
     assert "+dirty" not in results["environment"]["commit"]
 
 
+def test_the_table_of_alternatives_is_what_its_results_file_gives():
+    text, results = (ROOT / "docs" / "benchmarking.md").read_text(), results_of("alternatives")
+    assert "\n".join(script("peers").table(results)) in text and results["command"] in text
+    assert "+dirty" not in results["environment"]["commit"]
+
+
 def test_the_table_of_convergence_is_what_its_results_file_gives():
     text = (ROOT / "docs" / "benchmarking.md").read_text()
     results, convergence = results_of("convergence"), script("convergence")
