@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from resfuse.bench import coverage, profile, roofline
+from resfuse.bench import agree, coverage, profile, roofline
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,6 +115,13 @@ def test_the_table_of_alternatives_is_what_its_results_file_gives():
     text, results = (ROOT / "docs" / "benchmarking.md").read_text(), results_of("alternatives")
     assert "\n".join(script("peers").table(results)) in text and results["command"] in text
     assert "+dirty" not in results["environment"]["commit"]
+
+
+def test_the_count_of_models_that_agree_is_what_its_results_file_gives():
+    text = " ".join((ROOT / "docs" / "models.md").read_text().split())
+    rows = agree.load(ROOT / "benchmarks" / "results" / "agree-timm.json")
+    assert agree.summary(rows) in text
+    assert all(row.agreement["gradients"] < agree.TOLERANCE for row in rows if row.agreement)
 
 
 def test_the_table_of_convergence_is_what_its_results_file_gives():
