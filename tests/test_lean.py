@@ -373,11 +373,10 @@ def test_slices_and_additions():
     assert torch.equal(lean[:2](x), expected)
 
 
-def test_a_run_that_fails_has_changed_nothing(monkeypatch):
-    lean, x = fused(make("bottlenecks"), "lean", "eager"), image()
-    before = copy.deepcopy(lean.state_dict())
-    k = dispatch.kernels("eager", "cpu", torch.float32)
-    working, count = k.conv_stats, []
+def fail_at_the_sixth_convolution(monkeypatch):
+    """Of the eager set's, for want of memory."""
+    k, count = dispatch.kernels("eager", "cpu", torch.float32), []
+    working = k.conv_stats
 
     def conv_stats(*args, **kwargs):
         count.append(1)
@@ -386,6 +385,12 @@ def test_a_run_that_fails_has_changed_nothing(monkeypatch):
         return working(*args, **kwargs)
 
     monkeypatch.setattr(k, "conv_stats", conv_stats)
+
+
+def test_a_run_that_fails_has_changed_nothing(monkeypatch):
+    lean, x = fused(make("bottlenecks"), "lean", "eager"), image()
+    before = copy.deepcopy(lean.state_dict())
+    fail_at_the_sixth_convolution(monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         lean(x)
     same_bits(lean.state_dict(), before)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from test_lean import bottlenecks, fused, image, make, same_bits
+from test_lean import bottlenecks, fail_at_the_sixth_convolution, fused, image, make, same_bits
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 from units import conv_bn
@@ -13,7 +13,6 @@ from units import conv_bn
 import resfuse
 from resfuse.blocks import modules
 from resfuse.functional import Block, conv_bn_add_relu, run
-from resfuse.kernels import dispatch
 
 SIZE = 2, 3, 64, 64
 
@@ -124,16 +123,8 @@ def test_a_parameter_written_to_between_the_blocks_backwards_is_noticed():
 def test_a_run_that_fails_behind_frozen_blocks_has_changed_nothing(monkeypatch):
     model = fused(make("bottlenecks"), "lean", "eager")
     model[0].requires_grad_(False)
-    before, k, count = copy.deepcopy(model.state_dict()), dispatch.kernels("eager", "cpu", torch.float32), []
-    working = k.conv_stats
-
-    def conv_stats(*args, **kwargs):
-        count.append(1)
-        if len(count) == 6:
-            raise torch.OutOfMemoryError("played")
-        return working(*args, **kwargs)
-
-    monkeypatch.setattr(k, "conv_stats", conv_stats)
+    before = copy.deepcopy(model.state_dict())
+    fail_at_the_sixth_convolution(monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         model(image())
     same_bits(model.state_dict(), before)

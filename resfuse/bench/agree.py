@@ -92,15 +92,5 @@ def summary(found: Sequence[Row]) -> str:
     return f"{len(found)} models: {agree} agree, {large} too large to run, {len(found) - agree - large} do not agree"
 
 
-def exceptions(found: Sequence[Row]) -> list[str]:
-    """docs/models.md's table: a line for each model that was not run or does not agree."""
-    lines = ["| model | parameters | |", "|---|---|---|"]
-    for each in found:
-        if not each.agrees:
-            why = each.reason.splitlines()[0] if each.reason else str(each.agreement)
-            lines.append(f"| {each.model} | {each.parameters / 1e6:.0f} M | {why} |")
-    return lines
-
-
 def load(path: Path) -> list[Row]:
     return [Row(**each) for each in json.loads(path.read_text())["models"]]
