@@ -4,9 +4,9 @@
     python -m benchmarks.memory_step --table FILE                               prints docs/memory.md's table
 
 Saved bytes as in benchmarks/memory.py. Peaks and memory over time: everything that torch's allocator hands out on a CPU
-between the start of forward and the end of backward; gradients of parameters are there before. Times are of whole steps
-in interleaved rounds, each round's ratio to the round's balanced step, their median with its interval; without rounds
-nothing is compiled either.
+between the start of forward and the end of backward; gradients of parameters are there before. Each way has a process
+of its own, so that none works in memory that another has left in pieces. Times are of steps in interleaved rounds,
+each round's ratio to the round's balanced step, their median with its interval; without rounds nothing is compiled.
 """
 
 import argparse
@@ -14,7 +14,10 @@ import copy
 import json
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -87,22 +90,41 @@ class Trained:
 
 
 def measure(subject: str, mode: str, ways: Sequence[str], rounds: int) -> dict:
-    workload = make(subject, mode, BATCH)
-    steps = {way: Trained(workload, way) for way in ways if rounds or way != COMPILED}
-    rows = {}
-    for way, trained in steps.items():
-        trained.step()
-        saved = saved_bytes(trained.forward, trained.model)
-        line = timeline(trained.step)
-        rows[way] = {"saved_bytes": saved, "peak_bytes": max(held for _, held in line), "timeline": thinned(line)}
-        print(f"{subject} {mode} {way}: {saved} bytes saved, {rows[way]['peak_bytes']} at the peak", flush=True)
-    if not rounds:
-        return {"subject": subject, "mode": mode, "batch": BATCH, "ways": rows}
-    seconds = interleave({way: trained.step for way, trained in steps.items()}, budget=1, minimum=rounds)
-    for way, row in rows.items():
-        row["seconds"] = seconds[way]
-        print(subject, mode, way, ratio(seconds[way], seconds["balanced"]), flush=True)
+    with ExitStack() as stack:
+        processes = {
+            way: stack.enter_context(
+                ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin, initargs=(subject, mode, way))
+            )
+            for way in ways
+            if rounds or way != COMPILED
+        }
+        rows = {}
+        for way, process in processes.items():
+            row = rows[way] = process.submit(_memory).result()
+            print(subject, mode, way, row["saved_bytes"], "bytes saved,", row["peak_bytes"], "at the peak", flush=True)
+        if rounds:
+            calls = {way: lambda process=process: process.submit(_step).result() for way, process in processes.items()}
+            seconds = interleave(calls, budget=1, minimum=rounds)
+            for way, row in rows.items():
+                row["seconds"] = seconds[way]
+                print(subject, mode, way, ratio(seconds[way], seconds["balanced"]), flush=True)
     return {"subject": subject, "mode": mode, "batch": BATCH, "ways": rows}
+
+
+def _begin(subject: str, mode: str, way: str) -> None:
+    global trained
+    trained = Trained(make(subject, mode, BATCH), way)
+    trained.step()
+
+
+def _memory() -> dict:
+    saved = saved_bytes(trained.forward, trained.model)
+    line = timeline(trained.step)
+    return {"saved_bytes": saved, "peak_bytes": max(held for _, held in line), "timeline": thinned(line)}
+
+
+def _step() -> None:
+    trained.step()
 
 
 def thinned(line: list[tuple[float, int]]) -> list[tuple[float, int]]:
