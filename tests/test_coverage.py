@@ -6,7 +6,7 @@ import json
 import pytest
 from rich.console import Console
 
-from resfuse.bench import agree, coverage
+from resfuse.bench import agree, agreement, coverage
 
 
 def test_shares_of_known_models(tmp_path, capsys):
@@ -43,7 +43,7 @@ def test_models_are_run_once_beside_their_twins(tmp_path, capsys, monkeypatch):
 
 
 def test_a_model_that_differs_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(agree, "TOLERANCE", 0.0)
+    monkeypatch.setattr(agreement, "TOLERANCE", 0.0)
     path = tmp_path / "agree.json"
     assert not agree.show("torchvision", ["mnasnet0_5"], path, Console(width=100))
     assert "mnasnet0_5: {" in capsys.readouterr().out

@@ -12,22 +12,30 @@ from torch import Tensor, nn
 from .. import convert
 from ..blocks.mixin import FusedMixin
 
+TOLERANCE = 1e-7  # of relative differences in float64
 SEED = 1  # what is drawn in a forward, both draw
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Relative differences, the largest of any tensor; fallbacks: codes of calls that ran the original forward."""
+    """Relative differences, the largest of any tensor; fallbacks: codes of calls that ran the original forward.
+
+    moved: where the evaluations are apart, how far the model's own are for an input whose values are each the next
+    number, 2e-16 more. With drawn weights and their running statistics a deep network may make anything of that.
+    """
 
     evaluation: float
     output: float
     gradients: float
     buffers: float
     fallbacks: list[str]
+    moved: float = 0.0
 
     @property
-    def worst(self) -> float:
-        return max(self.evaluation, self.output, self.gradients, self.buffers)
+    def agrees(self) -> bool:
+        evaluation = max(TOLERANCE, 10 * self.moved)
+        trained = max(self.output, self.gradients, self.buffers) < TOLERANCE
+        return self.evaluation < evaluation and trained and not self.fallbacks
 
 
 def agreement(model: nn.Module, size: tuple[int, ...]) -> Agreement:
@@ -39,7 +47,9 @@ def agreement(model: nn.Module, size: tuple[int, ...]) -> Agreement:
         convert.fuse(twin)
     with torch.no_grad():
         theirs, ours = (_tensors(_seeded(each.eval(), x)) for each in (model, twin))
-    evaluation = _difference(theirs, ours)
+        evaluation, moved = _difference(theirs, ours), 0.0
+        if evaluation >= TOLERANCE:
+            moved = _difference(theirs, _tensors(_seeded(model, x.nextafter(torch.full_like(x, torch.inf)))))
     theirs, ours = (_tensors(_seeded(each.train(), x)) for each in (model, twin))
     for found in (theirs, ours):
         sum(t.sin().sum() for t in found).backward()
@@ -50,6 +60,7 @@ def agreement(model: nn.Module, size: tuple[int, ...]) -> Agreement:
         _difference([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()]),
         _difference(list(model.buffers()), list(twin.buffers())),
         sorted(fallbacks),
+        moved,
     )
 
 
