@@ -39,7 +39,8 @@ inline void define_operators(torch::Library& m) {
         "-> Tensor");
   m.def("conv_depthwise_wgrad(" RESFUSE_GRADIENT ", " RESFUSE_ANY_ACT ", int[] size, int[] stride, int[] padding, "
         "int[] dilation) -> Tensor");
-  m.def("conv_stats(" RESFUSE_ACT ", Tensor weight, bool want_stats) -> (Tensor z, Tensor mean, Tensor var)");
+  m.def("conv_stats(" RESFUSE_ACT ", Tensor weight, bool want_stats, bool tf32=False) "
+        "-> (Tensor z, Tensor mean, Tensor var)");
   m.def("conv_window(" RESFUSE_ACT ", Tensor weight, int[] stride, int[] padding, int[] dilation, int out_height, "
         "int out_width, bool want_stats) -> (Tensor z, Tensor mean, Tensor var)");
   m.def("conv_window_dgrad(" RESFUSE_GRADIENT ", Tensor weight, int height, int width, int[] stride, int[] padding, "
@@ -49,11 +50,11 @@ inline void define_operators(torch::Library& m) {
   m.def("covariance(" RESFUSE_ACT ", bool tf32=False) -> (Tensor mean, Tensor cov)");
   m.def("expand(" RESFUSE_ACT ", Tensor weight, Tensor scale, Tensor shift, Tensor? second, Tensor? second_scale, "
         "Tensor? second_shift, bool second_relu, Tensor? second_weight, " RESFUSE_SUM
-        ") -> (Tensor out, Tensor mask, Tensor mean, Tensor var)");
+        ", bool tf32=False) -> (Tensor out, Tensor mask, Tensor mean, Tensor var)");
   m.def("expand_products(" RESFUSE_MASKED ", " RESFUSE_ACT
         ", Tensor? mean, Tensor? wg, bool tf32=False) -> (Tensor products, Tensor sum_g, Tensor u)");
   m.def("expand_dgrad(" RESFUSE_MASKED ", Tensor? u, " RESFUSE_ACT
-        ", Tensor wg, Tensor? q, Tensor? q_scale, Tensor? c, bool relu) -> Tensor");
+        ", Tensor wg, Tensor? q, Tensor? q_scale, Tensor? c, bool relu, bool tf32=False) -> Tensor");
   m.def("expand_stats(Tensor weight, Tensor mean, Tensor cov) -> (Tensor mean, Tensor var)");
   m.def("expand_coefficients(Tensor products, Tensor sum_g, Tensor weight, Tensor wg, Tensor mean, Tensor cov, "
         "Tensor scale, Tensor invstd, int count) "
@@ -70,7 +71,8 @@ inline void define_operators(torch::Library& m) {
         "int[] dilation) -> Tensor");
   m.def("bn_dgrad(" RESFUSE_GRADIENT ") -> Tensor");
   m.def("conv_backward(" RESFUSE_GRADIENT ", " RESFUSE_ACT ", Tensor weight, Tensor? add, Tensor? add_mask, "
-        "Tensor? add_row_scale, float add_factor, bool want_input, bool want_weight) -> (Tensor da, Tensor dweight)");
+        "Tensor? add_row_scale, float add_factor, bool want_input, bool want_weight, bool tf32=False) "
+        "-> (Tensor da, Tensor dweight)");
 }
 
 }  // namespace resfuse

@@ -1,18 +1,14 @@
 """The CUDA set's kernels run on a CPU: in any order of threads, reading what their files say, and no bug unseen."""
 
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import seeded
 import torch
 from units import EMULATED, activation
 
 from resfuse.kernels import cuda, dispatch, measured
 from resfuse.kernels.cuda._ops import ops
 from resfuse.kernels.eager._rows import round_to_tf32
-from resfuse.kernels.interface import BNContext, BNGrad, Masked, Norm, Sum, Want, Window
+from resfuse.kernels.interface import BNContext, BNGrad, Masked, Norm, RunningUpdate, Stats, Sum, Want, Window
 from resfuse.testing import comparison, emulator
 from resfuse.testing.cases import CASES
 from resfuse.testing.comparison import MODES
@@ -347,61 +343,29 @@ BUGS = [  # file, what stands there, what stands there instead, what the emulato
 ]  # fmt: skip
 SAMPLE = (24,)  # a quick one
 
-CHECK = """
-import sys
-from pathlib import Path
-import torch
-sys.path.insert(0, sys.argv[1])
-import test_cuda
-from resfuse.kernels.interface import RunningUpdate, Stats
-from resfuse.testing import cuda
-library = cuda.load(Path(sys.argv[2]))
-def run():
+
+def everything():
+    """Something of every kernel, on all shapes."""
     torch.manual_seed(0)
     found = []
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
         torch.backends.cudnn.allow_tf32 = tf32
-        for case in test_cuda.PRODUCTS:
-            found += [t for pair in test_cuda.products(*case, dtype)[3] for t in pair]
-    found += test_cuda.with_u((1, 30, 23), 136, 24, torch.bfloat16)[3]
-    for shape in test_cuda.SHAPES:
-        found += [t for v in test_cuda.results(shape, torch.float32).values() for t in test_cuda._tensors(v)]
+        for case in PRODUCTS:
+            found += [t for pair in products(*case, dtype)[3] for t in pair]
+    found += with_u((1, 30, 23), 136, 24, torch.bfloat16)[3]
+    for shape in SHAPES:
+        found += [t for v in results(shape, torch.float32).values() for t in _tensors(v)]
     mean, var, count = torch.zeros(300), torch.ones(300), torch.tensor(3)
     stats = Stats(torch.randn(300), torch.rand(300))
-    test_cuda.own("update_running")([RunningUpdate(stats, 40, mean, var, count, None)])
-    return found + [mean, var, count]
-with cuda.emulated(library=library):
-    found = run()
-torch.save(found, sys.argv[3])
-"""
+    own("update_running")([RunningUpdate(stats, 40, mean, var, count, None)])
+    return [*found, mean, var, count]
 
 
 @pytest.fixture(scope="session")
 def expected(tmp_path_factory):
-    return _run(emulator.CSRC / "cuda", tmp_path_factory.mktemp("right"))
+    return seeded.run("test_cuda", emulator.CSRC / "cuda", tmp_path_factory.mktemp("right"))
 
 
-def _run(sources: Path, folder: Path):
-    """What the kernels of a folder give, computed in a process of its own; its error text where it fails."""
-    to = folder / "found.pt"
-    command = [sys.executable, "-c", CHECK, str(Path(__file__).parent), str(sources), str(to)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return torch.load(to) if done.returncode == 0 else done.stderr
-
-
-@pytest.mark.parametrize(
-    "bug", [pytest.param(bug, marks=() if i in SAMPLE else pytest.mark.slow) for i, bug in enumerate(BUGS)],
-    ids=[f"{file}: {text.strip().splitlines()[0]}" for file, text, _, _ in BUGS],
-)  # fmt: skip
+@pytest.mark.parametrize("bug", seeded.parameters(BUGS, SAMPLE))
 def test_a_bug_is_seen(bug, expected, tmp_path):
-    file, text, instead, says = bug
-    shutil.copytree(emulator.CSRC / "cuda", tmp_path / "cuda")
-    path = tmp_path / "cuda" / file
-    source = path.read_text()
-    assert source.count(text) == 1, f"the bug fits {source.count(text)} places"
-    path.write_text(source.replace(text, instead))
-    found = _run(tmp_path / "cuda", tmp_path)
-    if not isinstance(found, str):
-        same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, expected, strict=True))
-        found = "nothing" if same else "numbers"
-    assert any(f"{word}" in found for word in says.split("|")), found[-2000:]
+    seeded.check_seen(bug, "test_cuda", expected, tmp_path)

@@ -290,13 +290,13 @@ def test_unproven_activations_are_left_to_the_modules_on_a_gpu(monkeypatch):
     on_gpu = types.SimpleNamespace(is_cuda=True)
     row = nn.Sequential(nn.Conv2d(C, 4, 1), nn.BatchNorm2d(4), nn.SiLU())
     steps = [_segments.step(*row)]
-    monkeypatch.setattr(measured, "UNPROVEN", {"triton": ("bn_act",)})
+    monkeypatch.setattr(measured, "UNPROVEN", {"triton": ("bn_act",), "cuda": ("bn_act",)})
     assert "SiLU have passed" in _segments.unproven(steps, on_gpu, "auto")
     assert _segments.unproven(steps, on_gpu, "triton") is None
     assert _segments.unproven(steps, torch.zeros(()), "auto") is None
     assert _segments.unproven([_segments.step(*row[:2], nn.ReLU())], on_gpu, "auto") is None
-    monkeypatch.setattr(measured, "UNPROVEN", {})
-    assert _segments.unproven(steps, on_gpu, "auto") is None
+    monkeypatch.setattr(measured, "UNPROVEN", {"cuda": ("bn_act",)})
+    assert _segments.unproven(steps, on_gpu, "auto") is None, "one set's have"
     monkeypatch.setattr(_segments, "unproven", lambda *_: "none has")
     eager, fused = copy.deepcopy(row), resfuse.fuse(row)
     x = torch.randn(2, C, 5, 5)

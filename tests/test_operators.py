@@ -84,7 +84,7 @@ def calls(dtype, channels):
 
 
 CASES = [(name, i) for name, variants in calls(torch.float32, RAGGED).items() for i in range(len(variants))]
-CUDA_NAMES = re.findall(r'm\.impl\("(\w+)"', (CSRC / "cuda" / "ops.cpp").read_text()) if CSRC.exists() else []
+CUDA_NAMES = [n for path in (CSRC / "cuda").glob("*.cpp") for n in re.findall(r'm\.impl\("(\w+)"', path.read_text())]
 
 
 def check(namespace, name, variant, dtype, channels):

@@ -16,7 +16,7 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
     const OptionalTensor& mean_dy, const OptionalTensor& slope, const at::Tensor& x, const OptionalTensor& x_scale,
     const OptionalTensor& x_shift, bool x_relu, const at::Tensor& weight, const OptionalTensor& add,
     const OptionalTensor& add_mask, const OptionalTensor& add_row_scale, double add_factor, bool want_input,
-    bool want_weight) {
+    bool want_weight, bool /*tf32*/) {
   const OptionalTensor none;
   const GradientTensors g{dout, mask, row_scale, factor, z, scale, shift, mean, mean_dy, slope};
   g.check();

@@ -49,7 +49,7 @@ struct ConvStatsKernel {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_stats(
     const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, bool x_relu,
-    const at::Tensor& weight, bool want_stats) {
+    const at::Tensor& weight, bool want_stats, bool /*tf32*/) {
   check_view(x, "x");
   check_affine(x_scale, x_shift, "x_scale", "x_shift", x.size(1));
   const int64_t inner = x.size(1), outer = weight.size(0), rows = row_count(x);

@@ -66,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand(
     const OptionalTensor& second_scale, const OptionalTensor& second_shift, bool second_relu,
     const OptionalTensor& second_weight, const OptionalTensor& residual, const OptionalTensor& residual_scale,
     const OptionalTensor& residual_shift, bool residual_relu, int64_t before, const OptionalTensor& row_scale,
-    const OptionalTensor& gate, double total_scale, bool relu, bool want_mask, bool want_stats) {
+    const OptionalTensor& gate, double total_scale, bool relu, bool want_mask, bool want_stats, bool /*tf32*/) {
   check_view(x, "x");
   check_affine(x_scale, x_shift, "x_scale", "x_shift", x.size(1));
   const int64_t inner = x.size(1), outer = weight.size(0), rows = row_count(x);

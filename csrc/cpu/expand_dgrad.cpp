@@ -70,7 +70,7 @@ at::Tensor expand_dgrad(
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
     const OptionalTensor& u, const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift,
     bool x_relu, const at::Tensor& wg, const OptionalTensor& q, const OptionalTensor& q_scale, const OptionalTensor& c,
-    bool relu) {
+    bool relu, bool /*tf32*/) {
   const OptionalTensor none;
   const GradientTensors g{dout, mask, row_scale, factor, none, none, none, none, none, none};
   g.check();

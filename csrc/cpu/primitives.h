@@ -49,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
     const OptionalTensor& mean_dy, const OptionalTensor& slope, const at::Tensor& x, const OptionalTensor& x_scale,
     const OptionalTensor& x_shift, bool x_relu, const at::Tensor& weight, const OptionalTensor& add,
     const OptionalTensor& add_mask, const OptionalTensor& add_row_scale, double add_factor, bool want_input,
-    bool want_weight);
+    bool want_weight, bool /*tf32*/);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_depthwise(
     const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, int64_t act, double slope,
@@ -72,7 +72,7 @@ at::Tensor conv_depthwise_wgrad(
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_stats(
     const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, bool x_relu,
-    const at::Tensor& weight, bool want_stats);
+    const at::Tensor& weight, bool want_stats, bool /*tf32*/);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_window(
     const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift, bool x_relu,
@@ -102,13 +102,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand(
     const OptionalTensor& second_scale, const OptionalTensor& second_shift, bool second_relu,
     const OptionalTensor& second_weight, const OptionalTensor& residual, const OptionalTensor& residual_scale,
     const OptionalTensor& residual_shift, bool residual_relu, int64_t before, const OptionalTensor& row_scale,
-    const OptionalTensor& gate, double total_scale, bool relu, bool want_mask, bool want_stats);
+    const OptionalTensor& gate, double total_scale, bool relu, bool want_mask, bool want_stats,
+    bool /*tf32*/);
 
 at::Tensor expand_dgrad(
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
     const OptionalTensor& u, const at::Tensor& x, const OptionalTensor& x_scale, const OptionalTensor& x_shift,
     bool x_relu, const at::Tensor& wg, const OptionalTensor& q, const OptionalTensor& q_scale, const OptionalTensor& c,
-    bool relu);
+    bool relu, bool /*tf32*/);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products(
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,

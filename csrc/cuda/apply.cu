@@ -3,25 +3,11 @@
 //   out = act(factor * (gate * row_scale[n] * main + (1 - gate) * residual)),   mask = not (out <= 0)
 //
 // Reads z and the residual once (and the gate, if there is one), writes out and one bit for each of its values.
-#include "device/rows.h"
+#include "device/sum.h"
 #include "launchers.h"
 
 namespace resfuse::cuda {
 namespace {
-
-template <class T, bool kWhole>
-DEVICE_FN Raw<T> load_residual(const Sum& p, int row, int first) {
-  const Rows& r = p.residual;
-  const T* const at = row_of<T>(r, row);
-  if (r.channels == p.channels) return load_raw<kWhole>(at + first, p.channels - first);
-  Raw<T> raw;  // between channels of zeros
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    const int own = first + i - p.before;
-    raw.v[i] = own >= 0 && own < r.channels ? at[own] : Stored<T>::from(0.0f);
-  }
-  return raw;
-}
 
 // What there is beside the main branch: nothing; a residual of all channels; any of it. Each has the registers, and so
 // the loads in flight, that it needs.
@@ -42,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kBeside == kNothing ? 3 : 2) apply_k
     load_vector(residual_scale, p.residual_scale, place.first, p.channels, 1.0f);
     load_vector(residual_shift, p.residual_shift, place.first, p.channels, 0.0f);
   }
-  const float bound = lower_bound(p.relu), residual_bound = lower_bound(p.residual_relu);
+  const float bound = lower_bound(p.relu);
   for (int first = place.begin + place.down; first < place.end; first += kUnroll * kDown) {
     Raw<T> main[kUnroll], residual[kUnroll];
 #pragma unroll
@@ -56,50 +42,11 @@ __global__ void __launch_bounds__(kThreads, kBeside == kNothing ? 3 : 2) apply_k
     for (int u = 0; u < kUnroll; ++u) {
       const int row = first + u * kDown;
       if (row >= place.end) break;
-      float y[kVector], open[kVector];
+      float y[kVector], r[kVector];
 #pragma unroll
       for (int i = 0; i < kVector; ++i) y[i] = affine(to_float(main[u].v[i]), scale[i], shift[i]);
-      if (kAny && p.row_scale != nullptr) {
-        const float weight = p.row_scale[sample_of(row, p.pixels)];
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) y[i] = y[i] * weight;
-      }
-      if (kAny && p.gate != nullptr) {
-        const T* const at = static_cast<const T*>(p.gate) + int64_t(row) * p.channels + place.first;
-        const Raw<T> gate = load_raw<kWhole>(at, left);
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) open[i] = to_float(gate.v[i]), y[i] = y[i] * open[i];
-      }
-      if (added) {
-        float r[kVector];
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) r[i] = to_float(residual[u].v[i]);
-        if (p.residual_scale != nullptr) {
-#pragma unroll
-          for (int i = 0; i < kVector; ++i)
-            r[i] = at_least(affine(r[i], residual_scale[i], residual_shift[i]), residual_bound);
-        }
-        if (kAny && p.gate != nullptr) {
-#pragma unroll
-          for (int i = 0; i < kVector; ++i) r[i] = r[i] * (1.0f - open[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) y[i] = y[i] + r[i];
-      }
-      if (kAny && p.factor != 1.0f) {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) y[i] = y[i] * p.factor;
-      }
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) y[i] = at_least(y[i], bound);
-      const Raw<T> out = to_raw(y, T{});
-      store_raw<kWhole>(static_cast<T*>(p.out) + int64_t(row) * p.channels + place.first, out, left);
-      if (p.mask == nullptr) continue;
-      uint32_t bits = 0;
-#pragma unroll
-      for (int i = 0; i < kVector; ++i)
-        bits |= uint32_t((kWhole || i < left) && passes_gradient(to_float(out.v[i]))) << i;
-      p.mask[int64_t(row) * ((p.channels + 7) / 8) + place.first / 8] = uint8_t(bits);
+      if (added) residual_values(r, p, residual[u], residual_scale, residual_shift);
+      write_sum<T, kAny, kWhole>(p, row, place.first, y, added, r, bound);
     }
   }
 }

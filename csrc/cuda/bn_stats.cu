@@ -104,9 +104,14 @@ int bn_stats(DType dtype, const void* z, float* partial, float* mean, float* var
     return launch(kernel, grid, dim3(kThreads), 0, on, static_cast<const T*>(z), partial, rows, each, channels);
   });
   if (error != cudaSuccess) return error;
+  return merge_moments(partial, mean, var, int(rows), int(each), int(count), channels, stream);
+}
+
+int merge_moments(const float* partial, float* mean, float* var, int rows, int each, int shares, int channels,
+                  void* stream) {
   const dim3 few(unsigned((channels + kMergeChannels - 1) / kMergeChannels));
-  return launch(merge_kernel, few, dim3(kMergeThreads), 0, on, partial, mean, var, int(rows), int(each), int(count),
-                channels);
+  return launch(merge_kernel, few, dim3(kMergeThreads), 0, static_cast<cudaStream_t>(stream), partial, mean, var, rows,
+                each, shares, channels);
 }
 
 }  // namespace resfuse::cuda

@@ -24,6 +24,10 @@ inline int64_t shares(int64_t rows, int channels) {
 int bn_stats(DType dtype, const void* z, float* partial, float* mean, float* var, int64_t rows, int channels, bool even,
              void* stream);
 
+// mean and biased variance of all rows from those of shares of `each` rows, partial [shares, 2, C] (mean, sum of squares).
+int merge_moments(const float* partial, float* mean, float* var, int rows, int each, int shares, int channels,
+                  void* stream);
+
 // scale = gamma * invstd, shift = beta - mean * scale, invstd = 1 / sqrt(var + eps); gamma and beta may be null.
 int finalize(const float* mean, const float* var, const float* gamma, const float* beta, float eps, float* scale,
              float* shift, float* invstd, int channels, void* stream);
@@ -69,6 +73,30 @@ int expand_products(DType dtype, const Gradient& g, const Activation& a, bool tf
 // which tiles below the diagonal are not written.
 int covariance(DType dtype, const Activation& a, bool tf32, float* sums, float* squares, float* mean, float* cov,
                int64_t rows, bool even, void* stream);
+
+// Products by rows: a tile has row_tile rows, of which there are row_tiles. A weight [K, C] gives a @ W.T or dz @ W.
+// partial [row_tiles, 2, K], or null where no statistics are wanted.
+int row_tile(DType dtype);
+int row_tiles(DType dtype, int64_t rows);
+
+// z [M, K] = a @ weight.T, and its mean and biased variance [K].
+int conv_stats(DType dtype, const Activation& a, const void* weight, bool tf32, void* z, float* partial, float* mean,
+               float* var, int64_t rows, int outputs, bool even, void* stream);
+
+// sum.out [M, K], whose main branch is sum.scale * (a @ weight.T) + sum.shift; with second_weight [K, D] its residual is
+// sum.residual_scale * (second @ second_weight.T) + sum.residual_shift.
+int expand(DType dtype, const Activation& a, const void* weight, const Activation& second, const void* second_weight,
+           bool tf32, const Sum& sum, float* partial, float* mean, float* var, bool even, void* stream);
+
+// da [M, C] = g @ wg - q_scale * (a @ q) - c, g up to its mask; u, float32 where wide_u, stands for g @ wg; q and c may
+// be null. relu: 0 where a <= 0.
+int expand_dgrad(DType dtype, const Gradient& g, const void* u, bool wide_u, const Activation& a, const void* wg,
+                 const void* q, const float* q_scale, const float* c, bool relu, bool tf32, void* da, int64_t rows,
+                 bool even, void* stream);
+
+// da [M, C] = g @ weight + add, add up to its mask; where g has a z, g itself to dz [M, K] unless null.
+int conv_dgrad(DType dtype, const Gradient& g, const void* weight, const Gradient& add, bool tf32, void* dz, void* da,
+               int64_t rows, int channels, bool even, void* stream);
 
 // out [N*P*Q, C]: maxima of act(scale * z + shift), rounded; argmax uint8 [N*P*Q, C]: row * columns + column in the
 // window. The first maximum wins, and the last NaN.

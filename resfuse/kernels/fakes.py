@@ -49,7 +49,7 @@ def _apply(z, *rest):
 
 
 def _expand(x, x_scale, x_shift, x_relu, weight, *rest):
-    return _sum(x, weight.shape[0], *rest[-2:])
+    return _sum(x, weight.shape[0], *rest[16:18])
 
 
 def _bn_act(z, *rest):
@@ -64,7 +64,7 @@ def _bn_stats(z):
     return _statistics(z, z.shape[1], True)
 
 
-def _conv_stats(x, x_scale, x_shift, x_relu, weight, want_stats):
+def _conv_stats(x, x_scale, x_shift, x_relu, weight, want_stats, tf32=False):
     return _rows(x, weight.shape[0]), *_statistics(x, weight.shape[0], want_stats)
 
 
@@ -147,7 +147,7 @@ def _bn_dgrad(dout, *rest):
 
 
 def _conv_backward(dout, *rest):
-    x, (want_input, want_weight) = rest[9], rest[-2:]
+    x, (want_input, want_weight) = rest[9], rest[18:20]
     outer, inner = dout.shape[1], x.shape[1]
     return _rows(x, inner) if want_input else x.new_empty(0), _wide(x, outer, inner) if want_weight else _wide(x, 0)
 

@@ -25,7 +25,13 @@ class Preference(NamedTuple):
 PROVEN: dict[str, tuple[tuple[int, int], ...]] = {"triton": ((9, 0),), "cuda": ((9, 0),)}
 
 # Primitives of such a set whose kernels are newer than that: `auto` leaves them alone until they have passed too.
-UNPROVEN: dict[str, tuple[str, ...]] = {"triton": ("bn_act", "bn_act_backward")}
+UNPROVEN: dict[str, tuple[str, ...]] = {
+    "triton": ("bn_act", "bn_act_backward"),
+    "cuda": (
+        "avg_pool", "avg_pool_backward", "bn_act", "bn_act_backward", "conv_backward", "conv_stats", "expand",
+        "expand_coefficients", "expand_dgrad", "expand_stats", "scale_weight",
+    ),
+}  # fmt: skip
 
 # Where a measurement says other than `dispatch.ORDER`, if both sets are proven. On an H100 bn_stats and covariance of
 # the CUDA set were 1.08 and 1.07 times as fast as Triton's (dc57592, h100.json), before Triton's covariance read
@@ -39,8 +45,8 @@ def proven(kernel_set: str, device: str) -> bool:
 
 
 def newer(primitive: str) -> bool:
-    """Whether its kernels for GPUs have passed their tests on none yet."""
-    return any(primitive in names for names in UNPROVEN.values())
+    """Whether no set's kernels for it have passed their tests on a GPU yet."""
+    return all(primitive in UNPROVEN.get(name, ()) for name in PROVEN)
 
 
 def preferred(device: str, dtype: torch.dtype) -> dict[str, str]:

@@ -18,6 +18,7 @@ struct MatrixSums {
   static DEVICE_MEMBER int warp_row() { return (int(threadIdx.x) >> 5) % kWarpsDown * kM * 16; }
   static DEVICE_MEMBER int warp_column() { return (int(threadIdx.x) >> 5) / kWarpsDown * kN * 8; }
   DEVICE_MEMBER float at(int n) const { return v[n / 4 / kN][n / 4 % kN][n % 4]; }
+  DEVICE_MEMBER float& at(int n) { return v[n / 4 / kN][n / 4 % kN][n % 4]; }
   static DEVICE_MEMBER int row(int n) { return warp_row() + n / 4 / kN * 16 + (lane() >> 2) + (n % 4 >> 1) * 8; }
   static DEVICE_MEMBER int column(int n) { return warp_column() + n / 4 % kN * 8 + (lane() & 3) * 2 + (n & 1); }
 };

@@ -1,7 +1,9 @@
 """apply: a sum whose main branch is scale * z + shift, and its mask (`csrc/cuda/apply.cu`)."""
 
+from torch import Tensor
+
 from .. import flat
-from ..interface import Norm, Reason, Second, Sum, Unsupported, Want, Written
+from ..interface import Act, Norm, Reason, Second, Sum, Unsupported, Want, Written
 from . import _operands
 from ._ops import ops
 
@@ -16,3 +18,10 @@ def apply(a: Norm, total: Sum, want: Want) -> Written:
     residual, scale, shift, *rest = operands
     results = ops().apply(a.z, vector(a.scale), vector(a.shift), residual, vector(scale), vector(shift), *rest)
     return flat.written(results, want._replace(stats=False))
+
+
+def materialised(a: Act) -> Tensor:
+    """The activation as a tensor."""
+    if not isinstance(a, Norm):
+        return a
+    return apply(a, Sum(relu=a.relu), Want()).out if a.y is None else a.y
