@@ -84,6 +84,7 @@ def test_the_largest_batch_is_where_the_peak_fills_the_memory():
     assert peers.largest_batch(peaks, held=60, memory=50) == 0
 
 
+@pytest.mark.slow
 def test_the_command_counts_and_times_and_tells_what_is_missing(tmp_path, capsys):
     path, names = tmp_path / "p.json", "eager;resfuse;apex groupbn"
     options = ["--subject", "small-resnet", "--batches", "1,2", "--names", names, "--seconds", "0.5"]

@@ -130,6 +130,7 @@ def test_a_cut_off_write_leaves_the_file(tmp_path):
     assert json.loads(path.read_text()) == {"a": 1}
 
 
+@pytest.mark.slow
 def test_digits_train_alike():
     """100 steps follow eager's loss within its own seed-to-seed spread."""
     found = verify.verify(seeds=range(2), steps=100)

@@ -62,6 +62,7 @@ def results(shape, dtype):
     }  # fmt: skip
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_order_of_threads_gives_the_same_bits(shape, dtype):

@@ -46,6 +46,7 @@ def test_compiled(source, arch):
             assert not found["product"], kernel
 
 
+@pytest.mark.slow
 def test_info_lists_the_kernels(capsys):
     """Of the library, or compiled for the occasion where it has none."""
     assert command.main(["info", "--kernels"]) == 0

@@ -138,6 +138,7 @@ def test_a_run_in_which_nothing_is_fused_fails(tmp_path, capsys):
     assert "no test ran a fused block of timm" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_runs_the_tests_of_a_checkout(tmp_path, capfd):
     pytest.importorskip("torchvision")
     out = tmp_path / "peers.json"

@@ -55,7 +55,7 @@ def runner(request, monkeypatch):
         yield running
 
 
-@pytest.mark.one_in(20, runner=False)
+@pytest.mark.one_in(40, runner=False)
 @pytest.mark.parametrize("mode", ["float32", "autocast-bfloat16", "autocast-float16"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_are_as_exact_as_eager(name, mode, runner):

@@ -29,8 +29,9 @@ def run(folder, *arguments, ranks=2):
 
 
 @pytest.mark.parametrize("name, order, how", [
-    ("small-strided", "before", "plain"), ("small-strided", "after", "accumulation"),
-    ("small-preact-bottleneck", "after", "static_graph"),
+    ("small-strided", "after", "accumulation"),
+    pytest.param("small-strided", "before", "plain", marks=pytest.mark.slow),
+    pytest.param("small-preact-bottleneck", "after", "static_graph", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_27_ddp(name, order, how, tmp_path):
     found = run(tmp_path, "ddp", name, order, how)

@@ -150,7 +150,9 @@ def test_an_empty_batch_and_one_value_per_channel():
     assert all(torch.equal(t, before[n]) for n, t in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("what", ["run_ddp", "run_fsdp", "run_sync"])
+@pytest.mark.parametrize(
+    "what", ["run_ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("run_fsdp", "run_sync"))]
+)
 def test_processes(what, tmp_path):
     """DDP around a run; blocks that are FSDP's units, which split it; statistics that processes share."""
     for ours, theirs in run(tmp_path, what):

@@ -25,6 +25,7 @@ FAMILY = (  # without groups, of which torch overcounts the gradient
 FROZEN = slice(0), slice(0, None, 3), slice(1, None, 3), slice(5), slice(9)
 
 
+@pytest.mark.one_in(3)
 @BLOCKS
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_25_one_graph(name, training):
@@ -52,6 +53,7 @@ def test_26_exported_and_traced_programs_are_plain_aten(name):
     alike({"out": traced(x).detach()}, {"out": eager(x).detach()})
 
 
+@pytest.mark.one_in(3)
 @BLOCKS
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 def test_26_onnx_has_its_own_operators_alone(name, dynamo):
