@@ -245,6 +245,7 @@ def test_blocks(name, mode, monkeypatch):
 
     monkeypatch.setattr(dispatch, "ORDER", ("cuda", "eager"))
     monkeypatch.setattr(measured, "proven", lambda *_: True)
+    monkeypatch.setattr(measured, "UNPROVEN", {})
     with emulated():
         chosen = dispatch.kernels("auto", "cpu", torch.float32).chosen
         assert {primitive for primitive, of in chosen.items() if of == "cuda"} == set(cuda.PRIMITIVES)

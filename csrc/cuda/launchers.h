@@ -107,4 +107,29 @@ int bn_relu_max_pool(DType dtype, const void* z, const float* scale, const float
 int max_pool_backward(DType dtype, const void* dout, const uint8_t* argmax, void* dy, const Pool& pool, int64_t rows,
                       int channels, bool even, void* stream);
 
+// mean = weight @ mean_a and var = rowsum((weight @ cov) * weight), clamped at 0, each [K]; weight [K, C], cov [C, C]
+// symmetric.
+int expand_stats(DType dtype, const void* weight, const float* mean_a, const float* cov, float* mean, float* var,
+                 int outer, int inner, bool even, void* stream);
+
+// products [K, C], sum_g, scale and invstd [K], weight and wg [K, C] stored, mean [C], cov [C, C].
+struct CoefficientOperands {
+  const float *products, *sum_g;
+  const void *weight, *wg;
+  const float *mean, *cov, *scale, *invstd;
+};
+
+// dgamma [K], dweight [K, C], q [C, C] stored, q_scale [1], c [C]; on the way factor [K], full [C, C] and largest
+// [coefficient_tiles].
+struct CoefficientResults {
+  float *dgamma, *dweight;
+  void* q;
+  float *q_scale, *c;
+  float *factor, *full;
+  uint32_t* largest;
+};
+int64_t coefficient_tiles(int inner);
+int expand_coefficients(DType dtype, const CoefficientOperands& from, const CoefficientResults& to, int64_t count,
+                        int outer, int inner, bool even, void* stream);
+
 }  // namespace resfuse::cuda

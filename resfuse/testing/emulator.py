@@ -68,7 +68,11 @@ def build(
     jobs = [(source, []) for source in runtime]
     jobs += [(Path(source), [*CHECKS, "-xc++"]) for source in kernels]
     jobs += [(Path(source), [*flags]) for source in bindings]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    import fcntl  # which not every system has
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process that wants the same waits for it, and finds it made
         objects = list(pool.map(lambda job: _object(*job), jobs))
     # The runtime comes first: of a function that it and a kernel instantiate, it must not get the checked copy.
     command = ["-shared", "-Wl,--no-undefined,-Bsymbolic-functions", *map(str, objects), *link, "-ldl"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..eager._rows import round_to_tf32
 from ..interface import Reason, Unsupported
-from ..nvidia import check_stored
+from ..nvidia import check_stored, rounds_to_tf32
 from . import _ops
 
 
@@ -23,6 +24,12 @@ def check_views(**tensors: Tensor | None) -> None:
 def vector(t: Tensor | None) -> Tensor | None:
     """A vector as the operators take it: float32, one value after the other."""
     return t if t is None else t.float().contiguous()
+
+
+def as_read(weight: Tensor) -> Tensor:
+    """A weight with the values that a product of it reads, one row after the other."""
+    rounded = round_to_tf32(weight) if rounds_to_tf32(weight) else weight
+    return rounded.contiguous()
 
 
 def _check(tensors: dict[str, Tensor | None], views: bool) -> None:
