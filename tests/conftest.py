@@ -69,3 +69,9 @@ def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """A GPU's products of float32 do not round what they read."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -7,16 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from operands import close, matrix, norm_of, primitive, vector
-from units import NATIVE, TRITON, activation, conv_bn, results, triton_kernels, twin
+from units import CUDA, EMULATED, NATIVE, TRITON, activation, conv_bn, results, triton_kernels, twin
 
 from resfuse import functional, reference
+from resfuse.kernels import dispatch, measured
 from resfuse.kernels.interface import ACTIVATIONS, Activation, BNContext, Stats
+from resfuse.testing.cuda import emulated, on_gpu
 
 ALL = [Activation("leaky_relu", 0.1), *(Activation(kind) for kind in ACTIVATIONS if kind != "leaky_relu")]
 TORCH = {"leaky_relu": F.leaky_relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
 DTYPES = {
     "eager": (torch.float64, torch.float32, torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.bfloat16),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16), "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }  # fmt: skip
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 16, 4, 4), (1, 65, 9, 7)]  # N, C, H, W
 pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.one_in(6, kernel_set="triton")]  # interpreted
@@ -25,13 +27,21 @@ pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.one_in(6, kernel_
 @pytest.fixture(
     params=[
         "eager", pytest.param("cpu", marks=NATIVE), pytest.param("triton", marks=TRITON),
-        pytest.param("triton, gpu", marks=[TRITON, pytest.mark.gpu]),
+        pytest.param("triton, gpu", marks=[TRITON, pytest.mark.gpu]), pytest.param("cuda", marks=EMULATED),
+        pytest.param("cuda, gpu", marks=[CUDA, pytest.mark.gpu]),
     ],  # fmt: skip
 )
 def kernel_set(request, monkeypatch):
     name, _, how = request.param.partition(", ")
     monkeypatch.setattr(primitive, "kernel_set", name)
-    with triton_kernels(monkeypatch, gpu=how == "gpu") if name == "triton" else nullcontext():
+    if name == "cuda":  # what it leaves to others is the eager set's
+        monkeypatch.setattr(dispatch, "ORDER", ("cuda", "eager"))
+        monkeypatch.setattr(measured, "proven", lambda *_: True)
+        monkeypatch.setattr(measured, "UNPROVEN", {})
+    way = {
+        "triton": lambda: triton_kernels(monkeypatch, gpu=how == "gpu"), "cuda": on_gpu if how == "gpu" else emulated,
+    }.get(name, nullcontext)  # fmt: skip
+    with way():
         yield name
 
 
@@ -103,8 +113,9 @@ def test_values_at_the_edge(act, value, kernel_set):
 
 @pytest.mark.parametrize("act", ALL, ids=lambda act: act.kind)
 def test_a_chain_of_each_set(act, kernel_set):
-    """An inverted residual, activated at its end or not, by the set alone ("cpu": with what it leaves to others)."""
-    dtype, backend = torch.float32, "auto" if kernel_set == "cpu" else kernel_set
+    """An inverted residual, activated at its end or not, by the set alone ("cpu", "cuda": with what they leave to
+    others)."""
+    dtype, backend = torch.float32, "auto" if kernel_set in ("cpu", "cuda") else kernel_set
     convs = (
         conv_bn(6, 16, dtype=dtype, act=act), conv_bn(16, 16, 3, padding=(1, 1), groups=16, dtype=dtype, act=act),
         conv_bn(16, 6, dtype=dtype, act=act),

@@ -11,7 +11,7 @@ from resfuse.kernels.interface import Affine
 from resfuse.testing import emulator
 from resfuse.testing.cuda import emulated
 
-pytestmark = EMULATED
+pytestmark = [EMULATED, pytest.mark.usefixtures("exact")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

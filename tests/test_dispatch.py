@@ -57,7 +57,7 @@ def test_an_unproven_set_is_not_preferred(gpu, monkeypatch):
 
 
 def test_newer_primitives_of_a_proven_set_wait(gpu, monkeypatch):
-    monkeypatch.setattr(measured, "UNPROVEN", {"triton": ("bn_act",)})
+    monkeypatch.setattr(measured, "UNPROVEN", {"triton": ("bn_act",), "cuda": ("bn_act",)})
     chosen = dispatch.kernels("auto", "cuda", torch.bfloat16).chosen
     assert chosen["bn_act"] == "eager" and chosen["bn_act_backward"] == chosen["bn_stats"] == "triton"
     assert dispatch.kernels("triton", "cuda", torch.bfloat16).chosen["bn_act"] == "triton", "asked for by name"

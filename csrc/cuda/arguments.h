@@ -69,7 +69,7 @@ struct Pool {
 };
 
 // BatchNorm's backward, each [C]: dbeta = sum(dy), dgamma = invstd * sum(dy * (z - mean)), mean_dy = dbeta / M,
-// slope = invstd^2 * sum(dy * (z - mean)) / M, bn_scale = gamma * invstd.
+// slope = invstd^2 * sum(dy * (z - mean)) / M, bn_scale = gamma * invstd, null where it is not wanted.
 struct ReduceResults {
   float *dbeta, *dgamma, *mean_dy, *slope, *bn_scale;
 };

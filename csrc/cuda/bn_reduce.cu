@@ -66,25 +66,30 @@ results_kernel(const float* __restrict__ partial, const float* __restrict__ invs
   results.dgamma[c] = along * inverse;
   results.mean_dy[c] = dy / count;
   results.slope[c] = along * inverse * inverse / count;
-  results.bn_scale[c] = gamma != nullptr ? gamma[c] * inverse : inverse;
+  if (results.bn_scale != nullptr) results.bn_scale[c] = gamma != nullptr ? gamma[c] * inverse : inverse;
 }
 
 }  // namespace
+
+int add_shares(const float* partial, const float* invstd, const float* gamma, const ReduceResults& results,
+               int64_t rows, int shares, int channels, void* stream) {
+  const dim3 grid(unsigned((channels + kMergeChannels - 1) / kMergeChannels));
+  return launch(results_kernel, grid, dim3(kMergeThreads), 0, static_cast<cudaStream_t>(stream), partial, invstd, gamma,
+                results, rows, shares, channels);
+}
 
 int bn_reduce(DType dtype, const Gradient& g, const float* mean, const float* invstd, const float* gamma, float* partial,
               const ReduceResults& results, int64_t rows, bool even, void* stream) {
   const int64_t count = shares(rows, g.channels);
   const dim3 grid(unsigned(tiles(g.channels)), unsigned(count));
-  const auto on = static_cast<cudaStream_t>(stream);
   const int error = with_storage(dtype, [&](auto stored) {
     using T = decltype(stored);
     const auto kernel = even ? reduce_kernel<T, true> : reduce_kernel<T, false>;
-    return launch(kernel, grid, dim3(kThreads), 0, on, g, mean, partial, rows, rows_each(rows, g.channels));
+    return launch(kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), g, mean, partial, rows,
+                  rows_each(rows, g.channels));
   });
   if (error != cudaSuccess) return error;
-  const dim3 few(unsigned((g.channels + kMergeChannels - 1) / kMergeChannels));
-  return launch(results_kernel, few, dim3(kMergeThreads), 0, on, partial, invstd, gamma, results, rows, int(count),
-                g.channels);
+  return add_shares(partial, invstd, gamma, results, rows, int(count), g.channels, stream);
 }
 
 }  // namespace resfuse::cuda

@@ -132,4 +132,17 @@ int64_t coefficient_tiles(int inner);
 int expand_coefficients(DType dtype, const CoefficientOperands& from, const CoefficientResults& to, int64_t count,
                         int outer, int inner, bool even, void* stream);
 
+// y = act(scale * z + shift) [M, C]; act a number of common/activations.h from leaky_relu on, slope leaky ReLU's.
+int bn_act(DType dtype, const void* z, const float* scale, const float* shift, int act, float slope, void* y,
+           int64_t rows, int channels, bool even, void* stream);
+
+// Of g dout (the gradient dy of y), z, scale, shift and mean; partial [shares, 2, C], results without bn_scale, dz
+// [M, C]. batch: mean and invstd are those of the batch, not constants.
+int bn_act_backward(DType dtype, Gradient g, int act, float act_slope, const float* invstd, float* partial,
+                    const ReduceResults& results, bool batch, void* dz, int64_t rows, bool even, void* stream);
+
+// bn_reduce's second kernel alone.
+int add_shares(const float* partial, const float* invstd, const float* gamma, const ReduceResults& results,
+               int64_t rows, int shares, int channels, void* stream);
+
 }  // namespace resfuse::cuda

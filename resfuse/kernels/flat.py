@@ -5,7 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .interface import Act, BNGrad, Grad, Masked, Norm, Padded, Reason, Second, Stats, Sum, Unsupported, Want, Written
+from .interface import (
+    ACTIVATIONS,
+    Act,
+    Activation,
+    BNGrad,
+    Grad,
+    Masked,
+    Norm,
+    Padded,
+    Reason,
+    Second,
+    Stats,
+    Sum,
+    Unsupported,
+    Want,
+    Written,
+)
 
 
 def act(a: Act) -> tuple:
@@ -15,6 +31,11 @@ def act(a: Act) -> tuple:
     if a.act is not None:
         raise Unsupported([Reason("activation", f"no kernel but bn_act has {a.act.kind} in its prologue")])
     return a[:4] if a.y is None else (a.y, None, None, False)
+
+
+def activation(act: Activation) -> tuple[int, float]:
+    """An activation other than ReLU by its number in `csrc/common/activations.h`, and its slope."""
+    return 2 + ACTIVATIONS.index(act.kind), act.slope
 
 
 def masked(g: Tensor | Masked) -> tuple:

@@ -56,11 +56,10 @@ DEVICE_FN void masked_values(
   }
 }
 
-// The recipe's values.
+// BatchNorm's input gradient, in place of the gradient v of its output.
 template <class T>
-DEVICE_FN void gradient_values(
+DEVICE_FN void norm_values(
     float (&v)[kVector], const Gradient& g, const GradientRaw<T>& raw, const GradientVectors& vectors) {
-  masked_values(v, g, raw, vectors);
   if (g.slope != nullptr) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i)
@@ -70,6 +69,14 @@ DEVICE_FN void gradient_values(
 #pragma unroll
     for (int i = 0; i < kVector; ++i) v[i] = v[i] * vectors.scale[i];
   }
+}
+
+// The recipe's values.
+template <class T>
+DEVICE_FN void gradient_values(
+    float (&v)[kVector], const Gradient& g, const GradientRaw<T>& raw, const GradientVectors& vectors) {
+  masked_values(v, g, raw, vectors);
+  norm_values(v, g, raw, vectors);
 }
 
 }  // namespace resfuse::cuda

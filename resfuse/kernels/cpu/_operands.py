@@ -7,9 +7,7 @@ from torch import Tensor
 
 from .. import flat
 from ..interface import (
-    ACTIVATIONS,
     Act,
-    Activation,
     BNGrad,
     Grad,
     Masked,
@@ -66,16 +64,11 @@ def act(a: Act) -> tuple:
     return found
 
 
-def activation(act: Activation) -> tuple[int, float]:
-    """An activation other than ReLU by its number in `csrc/common/activations.h`, and its slope."""
-    return 2 + ACTIVATIONS.index(act.kind), act.slope
-
-
 def any_act(a: Act) -> tuple:
     """(x, x_scale, x_shift, act, act_slope), checked: as `act`, with any activation."""
     if isinstance(a, Norm) and a.act is not None:
         check_views(a=a.z)
-        return a.z, a.scale, a.shift, *activation(a.act)
+        return a.z, a.scale, a.shift, *flat.activation(a.act)
     return *act(a), 0.0
 
 

@@ -3,10 +3,11 @@
 from torch import Tensor
 
 from ... import _native
+from .. import flat
 from ..interface import Norm
 from . import _operands
 
 
 def bn_act(a: Norm) -> Tensor:
     _operands.check_views(z=a.z)
-    return _native.load().bn_act(a.z, a.scale, a.shift, *_operands.activation(a.act))
+    return _native.load().bn_act(a.z, a.scale, a.shift, *flat.activation(a.act))

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from ... import _native
+from .. import flat
 from ..interface import BNContext, Norm
 from . import _operands
 
@@ -11,5 +12,5 @@ def bn_act_backward(dy: Tensor, a: Norm, context: BNContext) -> tuple[Tensor, Te
     _operands.check_rows(dy=dy, z=a.z)
     mean, invstd, _, batch = context
     return _native.load().bn_act_backward(
-        dy, a.z, a.scale, a.shift, *_operands.activation(a.act), mean, invstd, batch
+        dy, a.z, a.scale, a.shift, *flat.activation(a.act), mean, invstd, batch
     )

@@ -12,9 +12,10 @@ from ..interface import Reason
 from . import _ops
 
 PRIMITIVES = (
-    "apply", "bn_backward", "bn_dgrad", "bn_reduce", "bn_relu_max_pool", "bn_relu_max_pool_backward", "bn_stats",
-    "conv_backward", "conv_stats", "covariance", "expand", "expand_coefficients", "expand_dgrad", "expand_products",
-    "expand_stats", "finalize", "prepare", "select", "update_running",
+    "apply", "avg_pool", "avg_pool_backward", "bn_act", "bn_act_backward", "bn_backward", "bn_dgrad", "bn_reduce",
+    "bn_relu_max_pool", "bn_relu_max_pool_backward", "bn_stats", "conv_backward", "conv_stats", "covariance", "expand",
+    "expand_coefficients", "expand_dgrad", "expand_products", "expand_stats", "finalize", "prepare", "scale_weight",
+    "select", "update_running",
 )  # fmt: skip
 STATUS = (
     "CUDA C++ kernels; the older ones tested on compute capability 9.0, the newer and elsewhere checked without a GPU "
