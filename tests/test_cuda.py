@@ -263,6 +263,14 @@ def test_activations_of_misaligned_tensors(dtype):
             assert all(map(torch.equal, found(*operand), expected))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_are_scaled_in_float32_and_rounded_once(dtype):
+    weight = torch.nn.Parameter(torch.randn(40, 24, generator=torch.Generator().manual_seed(6)).to(dtype))
+    scale = torch.linspace(-2.0, 3.0, 40)
+    found = own("scale_weight")(weight, scale)
+    assert torch.equal(found, (weight.detach().float() * scale[:, None]).to(dtype)) and not found.requires_grad
+
+
 def test_bad_operands_are_named():
     z, vector = activation(2, 8, 3, 3, dtype=torch.float32), torch.ones(8)
     with emulated():
