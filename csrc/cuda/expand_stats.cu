@@ -2,8 +2,8 @@
 //
 //   mean = W @ mean_a,   var = rowsum((W @ cov) * W), clamped at 0
 //
-// A block has 16 rows of W and takes 64 columns of W @ cov after the other. cov is symmetric: tiles of 64 x 64 above the
-// diagonal count twice, those below are not read. W is read once and, for each 64 columns, again up to their last;
+// A block has 16 rows of W and takes 64 columns of W @ cov after the other. cov is symmetric: tiles of 64 x 64 above
+// the diagonal count twice, those below are not read. W is read once and, for each 64 columns, again up to their last;
 // the tiles of cov once for each 16 rows of W. Multiply-adds bound the time, K * C * (C + 64) / 2 on K / 16 blocks.
 #include "device/small_product.h"
 #include "launchers.h"
