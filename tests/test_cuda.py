@@ -7,7 +7,6 @@ from units import EMULATED, activation
 
 from resfuse.kernels import cuda, dispatch
 from resfuse.kernels.cuda._ops import ops
-from resfuse.kernels.eager._rows import round_to_tf32
 from resfuse.kernels.interface import (
     PRIMITIVES,
     Activation,
@@ -21,6 +20,7 @@ from resfuse.kernels.interface import (
     Want,
     Window,
 )
+from resfuse.kernels.nvidia import round_to_tf32
 from resfuse.testing import comparison, emulator
 from resfuse.testing.cases import CASES
 from resfuse.testing.comparison import MODES

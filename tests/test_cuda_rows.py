@@ -7,8 +7,8 @@ import seeded
 import torch
 from units import EMULATED, activation
 
-from resfuse.kernels.eager._rows import round_to_tf32
 from resfuse.kernels.interface import BNGrad, Geometry, Masked, Norm, Second, Sum, Want
+from resfuse.kernels.nvidia import round_to_tf32
 from resfuse.testing import emulator
 from resfuse.testing.cuda import emulated
 

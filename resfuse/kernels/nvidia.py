@@ -39,6 +39,11 @@ def rounds_to_tf32(t: Tensor) -> bool:
     return conv.fp32_precision == "tf32"
 
 
+def round_to_tf32(t: Tensor) -> Tensor:
+    """float32 rounded to tf32's 10 mantissa bits, to nearest, ties away from zero."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
 def check_stored(instead: object, **tensors: Tensor | None) -> None:
     """Raise Unsupported unless each tensor is of a stored dtype, and on a GPU or served instead."""
     for name, t in tensors.items():

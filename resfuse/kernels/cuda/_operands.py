@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..eager._rows import round_to_tf32
 from ..interface import Reason, Unsupported
-from ..nvidia import check_stored, rounds_to_tf32
+from ..nvidia import check_stored, round_to_tf32, rounds_to_tf32
 from . import _ops
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..interface import wide
+from ..nvidia import round_to_tf32
 from ..vendor import dense as dense
 from ..vendor import layout as layout
 
@@ -99,11 +100,6 @@ def as_read(t: Tensor) -> Tensor:
     if t.dtype == torch.float32:
         t = round_to_tf32(t) if reduced == "tf32" else t.bfloat16()
     return t.double()
-
-
-def round_to_tf32(t: Tensor) -> Tensor:
-    """float32 rounded to tf32's 10 mantissa bits, to nearest, ties away from zero."""
-    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def product(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
