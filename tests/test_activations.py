@@ -111,6 +111,7 @@ def test_values_at_the_edge(act, value, kernel_set):
     assert torch.allclose(dz, d.float(), rtol=1e-5, atol=1e-35, equal_nan=True)
 
 
+@pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("act", ALL, ids=lambda act: act.kind)
 def test_a_chain_of_each_set(act, kernel_set):
     """An inverted residual, activated at its end or not, by the set alone ("cpu", "cuda": with what they leave to

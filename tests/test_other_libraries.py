@@ -130,7 +130,7 @@ def forms(model):
 def test_stand_ins_agree_with_themselves(model, form):
     assert forms(model) == [form] * 2
     found = agreement(model, (2, 3, 9, 8))
-    assert found.worst < 1e-9 and not found.fallbacks
+    assert max(found.evaluation, found.trained) < 1e-9 and not found.fallbacks
 
 
 def test_a_function_for_an_activation_is_not_fused():
@@ -169,7 +169,7 @@ def test_hugging_face(kind, layer):
     torch.manual_seed(0)
     model = Pooled(getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)))
     found = agreement(model, (2, 3, 32, 32))
-    assert len(forms(model)) == 4 and found.worst < 1e-9 and not found.fallbacks
+    assert len(forms(model)) == 4 and max(found.evaluation, found.trained) < 1e-9 and not found.fallbacks
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
@@ -182,4 +182,4 @@ def test_detectron2(name, options, norm):
     )
     model = nn.Sequential(*stage, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     found = agreement(model, (2, 3, 17, 16))
-    assert len(forms(model)) == 2 and found.worst < 1e-9 and not found.fallbacks
+    assert len(forms(model)) == 2 and max(found.evaluation, found.trained) < 1e-9 and not found.fallbacks

@@ -32,10 +32,13 @@ class Agreement:
     moved: float = 0.0
 
     @property
+    def trained(self) -> float:
+        return max(self.output, self.gradients, self.buffers)
+
+    @property
     def agrees(self) -> bool:
-        evaluation = max(TOLERANCE, 10 * self.moved)
-        trained = max(self.output, self.gradients, self.buffers) < TOLERANCE
-        return self.evaluation < evaluation and trained and not self.fallbacks
+        evaluated = self.evaluation < max(TOLERANCE, 10 * self.moved)
+        return evaluated and self.trained < TOLERANCE and not self.fallbacks
 
 
 def agreement(model: nn.Module, size: tuple[int, ...]) -> Agreement:

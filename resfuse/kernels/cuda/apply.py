@@ -1,5 +1,6 @@
 """apply: a sum whose main branch is scale * z + shift, and its mask (`csrc/cuda/apply.cu`)."""
 
+import torch
 from torch import Tensor
 
 from .. import flat
@@ -7,6 +8,7 @@ from ..interface import Act, Norm, Second, Sum, Want, Written
 from ..nvidia import rounds_to_tf32
 from . import _operands
 from ._ops import ops
+from .bn_act import bn_act
 from .expand import expand
 
 
@@ -38,4 +40,6 @@ def materialised(a: Act) -> Tensor:
     """The activation as a tensor."""
     if not isinstance(a, Norm):
         return a
+    if a.act is not None:
+        return bn_act(a._replace(z=a.z.contiguous(memory_format=torch.channels_last)))
     return apply(a, Sum(relu=a.relu), Want()).out if a.y is None else a.y
