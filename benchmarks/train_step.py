@@ -1,14 +1,14 @@
-"""A network's train step on a GPU, eager and fused in turn: what a step takes when many follow one another, what the
-host and the device take of it, a step captured as a CUDA graph, peak memory.
+"""A network's train step on a GPU, eager, fused and in other ways in turn: what a step takes when many follow one
+another, what the host and the device take of it, a step captured as a CUDA graph, peak memory.
 
-    python -m benchmarks.train_step --out FILE
+    python -m benchmarks.train_step --out FILE --ways eager,torch.compile,resfuse
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -20,6 +20,17 @@ from torch.profiler import ProfilerActivity, profile
 import resfuse
 from resfuse.bench.results import write_json
 from resfuse.testing.environment import environment
+
+
+def _fused(**settings) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: resfuse.fuse(model, config=resfuse.FuseConfig(**settings))
+
+
+WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "eager": lambda model: model, "torch.compile": torch.compile, "resfuse": resfuse.fuse,
+    "lean": _fused(memory="lean"), "leanest": _fused(memory="leanest"),
+    "triton": _fused(backend="triton"), "cuda": _fused(backend="cuda"),
+}  # fmt: skip
 
 
 class Step:
@@ -38,28 +49,33 @@ class Step:
         return loss.detach()
 
 
-def measure(name: str, batch: int, side: int, device: torch.device, rounds: int = 10, row: int = 3) -> dict[str, dict]:
-    """For eager and resfuse: step_ms and host_ms, medians of `rounds` rows of steps, interleaved, with the least and
-    the most; device_ms, the sum of a step's kernels; graph_ms; peak_gib above what is held before it; the loss."""
+def measure(
+    name: str, batch: int, side: int, device: torch.device, ways: Sequence[str], rounds: int = 10, row: int = 3
+) -> dict[str, dict]:
+    """Of each way: step_ms and host_ms, medians of `rounds` rows of steps, interleaved, with the least and the most;
+    device_ms, the sum of a step's kernels, and how many; graph_ms; peak_gib above what is held before it; warm_s of the
+    first steps, a compiler's time among them; the loss after them."""
     torch.backends.cudnn.benchmark = True
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(batch, 3, side, side, generator=generator, device=device)
     x = x.to(memory_format=torch.channels_last)
     target = torch.randint(0, 1000, (batch,), generator=generator, device=device)
     torch.manual_seed(0)
-    eager = torchvision.models.get_model(name).to(device, memory_format=torch.channels_last)
-    fused = torchvision.models.get_model(name).to(device, memory_format=torch.channels_last)
-    fused.load_state_dict(eager.state_dict())
-    steps = {"eager": Step(eager, x, target), "resfuse": Step(resfuse.fuse(fused), x, target)}
-    found: dict[str, dict] = {each: _warm(step, device) for each, step in steps.items()}
-    for each, (all_, host) in timed(steps, rounds, row, device).items():
-        found[each] |= {"step_ms": _spread(all_), "host_ms": _spread(host)}
+    start = torchvision.models.get_model(name).state_dict()
+    steps, found = {}, {}
+    for way in ways:
+        model = torchvision.models.get_model(name)
+        model.load_state_dict(start)
+        steps[way] = Step(WAYS[way](model.to(device, memory_format=torch.channels_last)), x, target)
+        found[way] = _warm(steps[way], device)
+    for way, (all_, host) in timed(steps, rounds, row, device).items():
+        found[way] |= {"step_ms": _spread(all_), "host_ms": _spread(host)}
     if device.type == "cuda":
-        for each, step in steps.items():
-            found[each]["device_ms"] = device_time(step)
-        graphs = {each: captured(step) for each, step in steps.items()}
-        for each, (all_, _) in timed(graphs, rounds, row, device).items():
-            found[each]["graph_ms"] = _spread(all_)
+        for way, step in steps.items():
+            found[way] |= device_time(step)
+        graphs = {way: captured(step) for way, step in steps.items()}
+        for way, (all_, _) in timed(graphs, rounds, row, device).items():
+            found[way]["graph_ms"] = _spread(all_)
     return found
 
 
@@ -82,12 +98,13 @@ def timed(
     return times
 
 
-def device_time(step: Step) -> float:
-    """Milliseconds of all kernels of a step."""
+def device_time(step: Step) -> dict[str, float]:
+    """Milliseconds of all kernels of a step, and their number."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         step()
         torch.cuda.synchronize()
-    return sum(e.device_time for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA) / 1e3
+    kernels = [e.device_time for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return {"device_ms": sum(kernels) / 1e3, "kernels": len(kernels)}
 
 
 def captured(step: Step) -> Callable[[], None]:
@@ -107,15 +124,17 @@ def captured(step: Step) -> Callable[[], None]:
 
 def _warm(step: Step, device: torch.device) -> dict:
     """Compiled, noted, and its memory seen."""
+    began = time.perf_counter()
     for _ in range(3):
         step()
     _wait(device)
+    warm = time.perf_counter() - began
     if device.type != "cuda":
-        return {"loss": step().item()}
+        return {"warm_s": warm, "loss": step().item()}
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     loss = step().item()
-    return {"loss": loss, "peak_gib": (torch.cuda.max_memory_allocated() - held) / 2**30}
+    return {"warm_s": warm, "loss": loss, "peak_gib": (torch.cuda.max_memory_allocated() - held) / 2**30}
 
 
 def _spread(times: list[float]) -> dict[str, float]:
@@ -131,11 +150,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("--model", default="resnet50", help="torchvision's name")
+    parser.add_argument("--ways", default="eager,resfuse", help=f"of {', '.join(WAYS)}; default eager,resfuse")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--side", type=int, default=224, help="pixels")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     options = parser.parse_args()
-    found = measure(options.model, options.batch, options.side, options.device)
+    ways = options.ways.split(",")
+    if unknown := set(ways).difference(WAYS):
+        parser.error(f"--ways: {', '.join(sorted(unknown))}, which is not of {', '.join(WAYS)}")
+    found = measure(options.model, options.batch, options.side, options.device, ways)
     facts = {"model": options.model, "batch": options.batch, "side": options.side}
     write_json(options.out, {"environment": environment(options.device), **facts, **found})
     for name, row in found.items():

@@ -1,17 +1,18 @@
-"""The CUDA set's coefficients, emulated: exact, in any order of threads, reading what their files say."""
+"""The CUDA set's coefficients, emulated: exact, in any order of threads, reading what their files say. On a GPU, of
+larger matrices: exact, and the same bits every time."""
 
 import importlib
 
 import pytest
 import seeded
 import torch
-from units import EMULATED
+from units import CUDA, EMULATED
 
 from resfuse.kernels.interface import Affine
 from resfuse.testing import emulator
-from resfuse.testing.cuda import emulated
+from resfuse.testing.cuda import emulated, on_gpu
 
-pytestmark = [EMULATED, pytest.mark.usefixtures("exact")]
+pytestmark = pytest.mark.usefixtures("exact")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -21,6 +22,7 @@ def own(name):
 
 # Outer and inner channels: parts of tiles; one tile, single channels; several of them; whole tiles.
 COEFFICIENTS = [(136, 72), (13, 7), (40, 131), (64, 128)]
+LARGE = [(256, 64), (2048, 512), (1000, 333)]
 
 
 def coefficients(outer, inner, dtype):
@@ -48,13 +50,13 @@ def infinite():
     return found
 
 
+@EMULATED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("outer, inner", COEFFICIENTS)
 def test_coefficients(outer, inner, dtype):
     tiles, reach = -(-inner // 64), sum(min(inner, 64 * i) for i in range(1, -(-inner // 64) + 1))
     with emulated() as library:
         (products, total, weight, wg, mean, cov, affine, count), stats, found = coefficients(outer, inner, dtype)
-        dgamma, dweight, q, q_scale, c = found
         assert library.traffic(weight) == weight.nbytes * (2 * tiles + -(-inner // 32) + 1)
         assert library.traffic(products) == products.nbytes * (tiles + 1) and library.traffic(wg) == wg.nbytes
         assert library.traffic(cov) == cov.nbytes * -(-outer // 32)
@@ -65,9 +67,30 @@ def test_coefficients(outer, inner, dtype):
         assert library.traffic(cov) == 4 * above * -(-outer // 16)
     for order in (1, 2):
         with emulated(order=order, seed=7):
-            again = coefficients(outer, inner, dtype)[1:]
-        pairs = zip((*again[0], *again[1]), (*stats, *found), strict=True)
-        assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+            the_same(coefficients(outer, inner, dtype)[1:], (stats, found))
+    exact_coefficients((products, total, weight, wg, mean, cov, affine, count), stats, found, dtype)
+
+
+@CUDA
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("outer, inner", [*COEFFICIENTS, *LARGE])
+def test_coefficients_on_a_gpu(outer, inner, dtype):
+    with on_gpu():
+        operands, *first = coefficients(outer, inner, dtype)
+        for _ in range(2):
+            the_same(coefficients(outer, inner, dtype)[1:], first)
+    exact_coefficients(operands, *first, dtype)
+
+
+def the_same(again, first):
+    pairs = zip((*again[0], *again[1]), (*first[0], *first[1]), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def exact_coefficients(operands, stats, found, dtype):
+    products, total, weight, wg, mean, cov, affine, count = operands
+    dgamma, dweight, q, q_scale, c = found
     p, w, covariance, scale, invstd = (t.double() for t in (products, weight, cov, affine.scale, affine.invstd))
     along = invstd * (p * w).sum(1)
     full = w.T @ (w * (scale * invstd * along / count)[:, None])
@@ -82,6 +105,7 @@ def test_coefficients(outer, inner, dtype):
     assert (q.double() * q_scale.double() - full).norm() <= (torch.finfo(dtype).eps / 2 + 1e-6) * full.norm()
 
 
+@EMULATED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_coefficients_of_misaligned_matrices(dtype):
     """Value by value, in the same order."""
@@ -95,6 +119,7 @@ def test_coefficients_of_misaligned_matrices(dtype):
             assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
+@EMULATED
 def test_coefficients_that_are_not_finite_or_hardly_there():
     with emulated():
         mean, var, *found = infinite()
@@ -169,6 +194,7 @@ def expected(tmp_path_factory):
     return seeded.run("test_cuda_coefficients", emulator.CSRC / "cuda", tmp_path_factory.mktemp("right"))
 
 
+@EMULATED
 @pytest.mark.parametrize("bug", seeded.parameters(BUGS, SAMPLE))
 def test_a_bug_is_seen(bug, expected, tmp_path):
     seeded.check_seen(bug, "test_cuda_coefficients", expected, tmp_path)

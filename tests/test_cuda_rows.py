@@ -1,22 +1,24 @@
-"""The CUDA set's products by rows, emulated: exact, in any order of threads, reading what their files say."""
+"""The CUDA set's products by rows, emulated: exact, in any order of threads, reading what their files say. On a GPU,
+larger ones: exact, and the same bits every time."""
 
 import importlib
 
 import pytest
 import seeded
 import torch
-from units import EMULATED, activation
+from units import CUDA, EMULATED, activation
 
 from resfuse.kernels.interface import BNGrad, Geometry, Masked, Norm, Second, Sum, Want
 from resfuse.kernels.nvidia import round_to_tf32
 from resfuse.testing import emulator
-from resfuse.testing.cuda import emulated
+from resfuse.testing.cuda import emulated, on_gpu
 
-pytestmark = EMULATED
 PRECISIONS = ["float32", "tf32", "bfloat16", "float16"]
 POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
 # Pixels, outer and inner channels: parts of tiles of 128 columns and rows; single channels; more steps than stages.
 CASES = [((2, 12, 11), 136, 72), ((3, 5, 7), 13, 20), ((1, 9, 8), 64, 264)]
+# More tiles of rows than a GPU has multiprocessors, or columns of tiles; parts of them and none.
+LARGE = [((16, 56, 56), 256, 64), ((9, 29, 31), 520, 136), ((16, 14, 14), 256, 1024), ((11, 41, 37), 65, 131)]
 
 
 def own(name):
@@ -75,17 +77,32 @@ def precision(request, monkeypatch):
     return request.param, torch.float32 if request.param == "tf32" else getattr(torch, request.param)
 
 
+@EMULATED
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("precision", PRECISIONS, indirect=True)
 @pytest.mark.parametrize("pixels, outer, inner", CASES)
 def test_products_by_rows(pixels, outer, inner, precision):
+    products_by_rows(pixels, outer, inner, precision, 1, [emulated(order=order, seed=7) for order in range(3)])
+
+
+@CUDA
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", PRECISIONS, indirect=True)
+@pytest.mark.parametrize("pixels, outer, inner", [*CASES, *LARGE])
+def test_products_by_rows_on_a_gpu(pixels, outer, inner, precision):
+    products_by_rows(pixels, outer, inner, precision, 4, [on_gpu() for _ in range(3)])
+
+
+def products_by_rows(pixels, outer, inner, precision, slack, runs):
+    """slack: for sums, which matrix units cut off where the emulator rounds."""
     name, dtype = precision
-    with emulated():
+    first, *others = runs
+    with first:
         o, found = results(pixels, outer, inner, dtype)
         a, b = (own("apply")(o[key], Sum(), Want()).out for key in "ab")
         g, dz, add = own("select")(o["g"]), own("bn_dgrad")(o["bn"]), own("select")(o["add"])
-    for order in (1, 2):
-        with emulated(order=order, seed=7):
+    for run in others:
+        with run:
             again = results(pixels, outer, inner, dtype)[1]
         for key, values in found.items():
             assert all(torch.equal(mine, theirs) for mine, theirs in zip(again[key], values, strict=True)), key
@@ -109,7 +126,8 @@ def test_products_by_rows(pixels, outer, inner, precision):
     eps = torch.finfo(dtype).eps
     for key, exactly in expected.items():
         out, *rest = found[key]
-        assert (matrix(out) - exactly).norm() <= (eps if dtype != torch.float32 else 8 * eps) * exactly.norm(), key
+        rounding = 8 * slack * eps if dtype == torch.float32 else eps
+        assert (matrix(out) - exactly).norm() <= rounding * exactly.norm(), key
         if key in ("conv_stats", "expand", "projection"):
             mean, var = rest[-2:]
             stored = matrix(out)
@@ -120,9 +138,10 @@ def test_products_by_rows(pixels, outer, inner, precision):
             assert torch.equal(bits.bool(), matrix(out) > 0), key
         if key in ("through BatchNorm", "below a mask"):
             exactly = rows(dz if key == "through BatchNorm" else g).T @ rows(a)
-            assert (rest[0].flatten(1) - exactly).norm() <= 1e-6 * exactly.norm(), key
+            assert (rest[0].flatten(1) - exactly).norm() <= 1e-6 * slack * exactly.norm(), key
 
 
+@EMULATED
 @pytest.mark.parametrize("precision", PRECISIONS, indirect=True)
 @pytest.mark.parametrize("pixels, outer, inner", CASES[1:])
 def test_traffic(pixels, outer, inner, precision):
@@ -163,6 +182,7 @@ def test_traffic(pixels, outer, inner, precision):
         wrote(da)
 
 
+@EMULATED
 def test_u_stands_for_the_product_in_either_dtype():
     o = operands((2, 5, 4), 24, 16, torch.bfloat16)
     u = activation(2, 16, 5, 4, dtype=torch.float32, seed=9)
@@ -173,6 +193,7 @@ def test_u_stands_for_the_product_in_either_dtype():
         assert torch.equal(stored, u.bfloat16())
 
 
+@EMULATED
 def test_every_second_pixel_is_read_where_it_lies():
     o = operands((2, 6, 5), 24, 16, torch.bfloat16)
     filters = o["weight"][:, :, None, None]
@@ -244,6 +265,7 @@ def expected(tmp_path_factory):
     return seeded.run("test_cuda_rows", emulator.CSRC / "cuda", tmp_path_factory.mktemp("right"))
 
 
+@EMULATED
 @pytest.mark.parametrize("bug", seeded.parameters(BUGS, SAMPLE))
 def test_a_bug_is_seen(bug, expected, tmp_path):
     seeded.check_seen(bug, "test_cuda_rows", expected, tmp_path)

@@ -1,15 +1,16 @@
-"""Steps of a small network by the CUDA set alone, each of its kernels emulated, where Triton cannot be imported."""
+"""Steps of a small network by the CUDA set alone, each of its kernels emulated or on a GPU, where Triton cannot be
+imported."""
 
 import subprocess
 import sys
 
 import pytest
-from units import EMULATED
+from units import CUDA, EMULATED
 
 STEPS = """
 import copy
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 sys.modules["triton"] = None  # from here on importing it raises
 
@@ -24,7 +25,7 @@ from resfuse.kernels.interface import PRIMITIVES
 from resfuse.testing.cuda import emulated
 from resfuse.testing.tolerances import relative_error
 
-dtype = getattr(torch, sys.argv[1])  # of activations
+dtype, device = getattr(torch, sys.argv[1]), sys.argv[2]  # of activations
 torch.manual_seed(0)
 torch.backends.cudnn.allow_tf32 = False
 
@@ -44,10 +45,10 @@ class Network(nn.Module):
 
 def steps(model, x):
     "Outputs, gradients and buffers of a training step, and the output of an evaluation."
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != x.dtype == torch.float32)
+    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype != x.dtype == torch.float32)
     with autocast:
         out = model.train()(x)
-    (out * torch.arange(16) / 16).sum().backward()
+    (out * torch.arange(16, device=device) / 16).sum().backward()
     named = {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
     with torch.no_grad(), autocast:
         return {"out": out, "evaluation": model.eval()(x), **named}
@@ -62,12 +63,12 @@ def within(primitive, operands):
     yield lambda result: None
 
 
-eager = Network().to(memory_format=torch.channels_last)
+eager = Network().to(device, memory_format=torch.channels_last)
 fused, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
-x = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-with emulated(), dispatch.watched(within):
+x = torch.randn(2, 3, 64, 64).to(device, memory_format=torch.channels_last)
+with emulated() if device == "cpu" else nullcontext(), dispatch.watched(within):
     resfuse.fuse(fused, config=resfuse.FuseConfig(backend="cuda"))
-    assert set(dispatch.kernels("cuda", "cpu", dtype).chosen.values()) == {"cuda"}
+    assert set(dispatch.kernels("cuda", device, dtype).chosen.values()) == {"cuda"}
     found = steps(fused, x)
 assert set(cuda.PRIMITIVES) == set(PRIMITIVES)
 print("not called:", *sorted(set(PRIMITIVES) - called))
@@ -83,10 +84,13 @@ assert not any(name.startswith("triton") for name in sys.modules if sys.modules[
 """
 
 
-@EMULATED
+GPU = [CUDA, pytest.mark.gpu]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=EMULATED), pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-def test_steps_without_triton(dtype):
-    done = subprocess.run([sys.executable, "-c", STEPS, dtype], capture_output=True, text=True, check=False)
+def test_steps_without_triton(dtype, device):
+    done = subprocess.run([sys.executable, "-c", STEPS, dtype, device], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     # What bn_backward and conv_backward call themselves.
     assert done.stdout.splitlines() == ["not called: bn_reduce select"]
