@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from units import EMULATED
 
 from resfuse.testing import emulator
 
@@ -24,12 +25,27 @@ torch.save(found, sys.argv[3])
 """
 
 
-def parameters(bugs, sample):
-    """For parametrize: bugs are (file, what stands there, what stands there instead, what is said, "|" between words);
-    those that are not in the sample are slow."""
+def tests(module: str, bugs, sample):
+    """A fixture `expected`, what a test module's `everything` gives, and a test that each bug changes it or is told of.
+
+    bugs: (file, what stands there, what stands there instead, what is said, "|" between words); those that are not in
+    the sample are slow.
+    """
+
+    @pytest.fixture(scope="session")
+    def expected(tmp_path_factory):
+        return run(module, emulator.CSRC / "cuda", tmp_path_factory.mktemp("right"))
+
     marks = [() if i in sample else pytest.mark.slow for i in range(len(bugs))]
     names = [f"{file}: {text.strip().splitlines()[0]}" for file, text, _, _ in bugs]
-    return [pytest.param(bug, marks=mark, id=name) for bug, mark, name in zip(bugs, marks, names, strict=True)]
+    named = [pytest.param(bug, marks=mark, id=name) for bug, mark, name in zip(bugs, marks, names, strict=True)]
+
+    @EMULATED
+    @pytest.mark.parametrize("bug", named)
+    def test_a_bug_is_seen(bug, expected, tmp_path):
+        check_seen(bug, module, expected, tmp_path)
+
+    return expected, test_a_bug_is_seen
 
 
 def run(module: str, sources: Path, folder: Path):

@@ -1,23 +1,16 @@
 """The CUDA set's coefficients, emulated: exact, in any order of threads, reading what their files say. On a GPU, of
 larger matrices: exact, and the same bits every time."""
 
-import importlib
-
 import pytest
 import seeded
 import torch
-from units import CUDA, EMULATED
+from units import CUDA, EMULATED, own
 
 from resfuse.kernels.interface import Affine
-from resfuse.testing import emulator
 from resfuse.testing.cuda import emulated, on_gpu
 
 pytestmark = pytest.mark.usefixtures("exact")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def own(name):
-    return getattr(importlib.import_module(f"resfuse.kernels.cuda.{name}"), name)
 
 
 # Outer and inner channels: parts of tiles; one tile, single channels; several of them; whole tiles.
@@ -189,12 +182,4 @@ def everything():
     return found + infinite()
 
 
-@pytest.fixture(scope="session")
-def expected(tmp_path_factory):
-    return seeded.run("test_cuda_coefficients", emulator.CSRC / "cuda", tmp_path_factory.mktemp("right"))
-
-
-@EMULATED
-@pytest.mark.parametrize("bug", seeded.parameters(BUGS, SAMPLE))
-def test_a_bug_is_seen(bug, expected, tmp_path):
-    seeded.check_seen(bug, "test_cuda_coefficients", expected, tmp_path)
+expected, test_a_bug_is_seen = seeded.tests(__name__, BUGS, SAMPLE)

@@ -1,16 +1,13 @@
 """The CUDA set's products by rows, emulated: exact, in any order of threads, reading what their files say. On a GPU,
 larger ones: exact, and the same bits every time."""
 
-import importlib
-
 import pytest
 import seeded
 import torch
-from units import CUDA, EMULATED, activation
+from units import CUDA, EMULATED, activation, own
 
 from resfuse.kernels.interface import BNGrad, Geometry, Masked, Norm, Second, Sum, Want
 from resfuse.kernels.nvidia import round_to_tf32
-from resfuse.testing import emulator
 from resfuse.testing.cuda import emulated, on_gpu
 
 PRECISIONS = ["float32", "tf32", "bfloat16", "float16"]
@@ -19,10 +16,6 @@ POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
 CASES = [((2, 12, 11), 136, 72), ((3, 5, 7), 13, 20), ((1, 9, 8), 64, 264)]
 # More tiles of rows than a GPU has multiprocessors, or columns of tiles; parts of them and none.
 LARGE = [((16, 56, 56), 256, 64), ((9, 29, 31), 520, 136), ((16, 14, 14), 256, 1024), ((11, 41, 37), 65, 131)]
-
-
-def own(name):
-    return getattr(importlib.import_module(f"resfuse.kernels.cuda.{name}"), name)
 
 
 def operands(pixels, outer, inner, dtype):
@@ -260,12 +253,4 @@ def everything():
     return found
 
 
-@pytest.fixture(scope="session")
-def expected(tmp_path_factory):
-    return seeded.run("test_cuda_rows", emulator.CSRC / "cuda", tmp_path_factory.mktemp("right"))
-
-
-@EMULATED
-@pytest.mark.parametrize("bug", seeded.parameters(BUGS, SAMPLE))
-def test_a_bug_is_seen(bug, expected, tmp_path):
-    seeded.check_seen(bug, "test_cuda_rows", expected, tmp_path)
+expected, test_a_bug_is_seen = seeded.tests(__name__, BUGS, SAMPLE)

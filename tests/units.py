@@ -1,5 +1,6 @@
 """Random bottlenecks as `functional.ConvBN`s, twins of them, and their gradients."""
 
+import importlib
 import os
 import sys
 from contextlib import contextmanager
@@ -102,6 +103,11 @@ def activation(n, c, h, w, *, dtype=torch.float64, channels_last=True, seed=0) -
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, c, h, w, generator=generator, dtype=torch.float64).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def own(name: str):
+    """The CUDA set's primitive."""
+    return getattr(importlib.import_module(f"resfuse.kernels.cuda.{name}"), name)
 
 
 @contextmanager

@@ -104,7 +104,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_backward(
   check_act(act, Act::leaky_relu);
 
   const at::Tensor dz = empty_rows(z, channels);
-  const at::Tensor dgamma = at::empty({channels}, at::kFloat), dbeta = at::empty({channels}, at::kFloat);
+  const at::Tensor dgamma = uninitialized({channels}, at::kFloat), dbeta = uninitialized({channels}, at::kFloat);
   const int64_t shares = share_count(rows, channels);
   std::vector<std::vector<double>> sums(shares, std::vector<double>(2 * channels, 0.0));
   with_type(z, [&](auto stored) {

@@ -92,7 +92,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_reduce
     });
   });
 
-  const auto vector = [&] { return at::empty({channels}, at::kFloat); };
+  const auto vector = [&] { return uninitialized({channels}, at::kFloat); };
   const at::Tensor dbeta = vector(), dgamma = vector(), mean_dy = vector(), slope = vector(), bn_scale = vector();
   const float *i = data_of<float>(invstd), *given = vector_of(gamma), count = static_cast<float>(rows);
   for (int64_t c = 0; c < channels; ++c) {

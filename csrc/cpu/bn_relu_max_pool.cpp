@@ -3,7 +3,6 @@
 // x [N, H, W, C], out [N, P, Q, C], argmax uint8 [N, P, Q, C], row * columns + column in the window. As in torch the
 // first maximum of the rounded values wins, and the last NaN. Forward reads N*H*W*C*s, writes N*P*Q*C*(s + 1); the rows
 // of a window are normalised once for a row of out. Backward reads that, writes N*H*W*C*s; sums in float32, in order.
-#include <ATen/ops/empty_like.h>
 
 #include "isa.h"
 #include "operands.h"
@@ -147,9 +146,10 @@ std::tuple<at::Tensor, at::Tensor> bn_relu_max_pool(
   check_vector(scale, "scale", x.size(1));
   check_vector(shift, "shift", x.size(1));
   const PoolShape shape = shape_of(x, out_height, out_width, size, stride, padding, dilation);
-  const at::Tensor out = at::empty({x.size(0), x.size(1), out_height, out_width}, x.options(),
-                                   at::MemoryFormat::ChannelsLast);
-  const at::Tensor argmax = at::empty_like(out, out.options().dtype(at::kByte));
+  const auto empty = [&](at::TensorOptions options) {
+    return uninitialized({x.size(0), x.size(1), out_height, out_width}, options, at::MemoryFormat::ChannelsLast);
+  };
+  const at::Tensor out = empty(x.options()), argmax = empty(x.options().dtype(at::kByte));
   const int64_t rows = x.size(0) * out_height;
   with_type(x, [&](auto stored) {
     using T = decltype(stored);

@@ -31,7 +31,7 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
     beside.check();
   }
 
-  const at::Tensor da = want_input ? empty_rows(x, inner) : at::empty({0}, x.options());
+  const at::Tensor da = want_input ? empty_rows(x, inner) : uninitialized({0}, x.options());
   const OuterGrid grid(rows, outer, inner);
   OuterSums sums = want_weight ? OuterSums(rows > 0 ? grid.shares : 0, outer, inner) : OuterSums();
   with_types(dout, [&](auto stored, auto element) {
@@ -48,7 +48,7 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
         add ? &added : nullptr, want_input ? mutable_data_of<T>(da) : nullptr};
     run_gradient_products(kernel, rows, grid, sums, nullptr);
   });
-  return {da, want_weight ? sums.merged() : at::empty({0}, at::kFloat)};
+  return {da, want_weight ? sums.merged() : uninitialized({0}, at::kFloat)};
 }
 
 }  // namespace resfuse

@@ -183,7 +183,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_depthwise(
   const ConvWindow window =
       window_over(x, out_height, out_width, weight.sizes().slice(2), stride, padding, dilation);
   const at::Tensor z =
-      at::empty({x.size(0), channels, out_height, out_width}, x.options(), at::MemoryFormat::ChannelsLast);
+      uninitialized({x.size(0), channels, out_height, out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   const Blocks blocks = depthwise_blocks(window, channels);
   const int64_t shares = block_shares(blocks);
   std::vector<Moments> moments(want_stats ? shares : 0, Moments(channels));
@@ -201,7 +201,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_depthwise(
                                             want_stats ? &moments[s] : nullptr};
     });
   });
-  if (!want_stats) return {z, at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
+  if (!want_stats) return {z, uninitialized({0}, at::kFloat), uninitialized({0}, at::kFloat)};
   auto [mean, var] = merged(moments);
   return {z, mean, var};
 }
@@ -219,7 +219,7 @@ at::Tensor conv_depthwise_dgrad(
   const int64_t channels = dout.size(1), row = depthwise_stride(channels);
   const InputGradient gradient(weight, height, width, stride, padding, dilation);
   const at::Tensor da =
-      at::empty({dout.size(0), channels, height, width}, dout.options(), at::MemoryFormat::ChannelsLast);
+      uninitialized({dout.size(0), channels, height, width}, dout.options(), at::MemoryFormat::ChannelsLast);
   const GradientTensors beside{add ? *add : dout, add_mask, add_row_scale, add_factor, none, none, none, none, none,
                                none};
   if (add) {
@@ -270,7 +270,7 @@ at::Tensor conv_depthwise_wgrad(
       return DepthwiseWeightKernel<T>{blocks, source, {g.arguments<T>()}, channels, sums[s].data()};
     });
   });
-  const at::Tensor dweight = at::empty({channels, 1, size[0], size[1]}, at::kFloat);
+  const at::Tensor dweight = uninitialized({channels, 1, size[0], size[1]}, at::kFloat);
   float* to = mutable_data_of<float>(dweight);
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t t = 0; t < taps; ++t) {

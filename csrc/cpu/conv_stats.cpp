@@ -70,7 +70,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_stats(
           begin, end);
     });
   });
-  if (!want_stats) return {z, at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
+  if (!want_stats) return {z, uninitialized({0}, at::kFloat), uninitialized({0}, at::kFloat)};
   auto [mean, var] = merged(moments);
   return {z, mean, var};
 }

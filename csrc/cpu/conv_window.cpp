@@ -129,7 +129,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_window(
   const ConvWindow window =
       window_over(x, out_height, out_width, weight.sizes().slice(2), stride, padding, dilation);
   const at::Tensor z =
-      at::empty({x.size(0), outer, out_height, out_width}, x.options(), at::MemoryFormat::ChannelsLast);
+      uninitialized({x.size(0), outer, out_height, out_width}, x.options(), at::MemoryFormat::ChannelsLast);
   std::vector<Moments> moments;
   with_types(x, [&](auto stored, auto element) {
     using T = decltype(stored);
@@ -143,7 +143,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conv_window(
     const Place dense{out_height, out_width, 0, 0, 1, 1};
     run_window<T, E>(window, source, panels, nullptr, dense, mutable_data_of<T>(z), want_stats ? &moments : nullptr);
   });
-  if (!want_stats) return {z, at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
+  if (!want_stats) return {z, uninitialized({0}, at::kFloat), uninitialized({0}, at::kFloat)};
   auto [mean, var] = merged(moments);
   return {z, mean, var};
 }
@@ -162,7 +162,8 @@ at::Tensor conv_window_dgrad(
               ", C, R, S], not ", weight.sizes());
   const int64_t outer = dout.size(1), inner = weight.size(1);
   const InputGradient gradient(weight, height, width, stride, padding, dilation);
-  const at::Tensor da = at::empty({dout.size(0), inner, height, width}, dout.options(), at::MemoryFormat::ChannelsLast);
+  const at::Tensor da =
+      uninitialized({dout.size(0), inner, height, width}, dout.options(), at::MemoryFormat::ChannelsLast);
   const GradientTensors beside{add ? *add : dout, add_mask, add_row_scale, add_factor, none, none, none, none, none,
                                none};
   if (add) {

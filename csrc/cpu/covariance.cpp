@@ -212,7 +212,7 @@ std::tuple<at::Tensor, at::Tensor> covariance(
     for (int64_t s = 0; s < shares * parts; s += parts) exact[c] += sums[s].sum[c];
     exact[c] /= static_cast<double>(rows);
   }
-  const at::Tensor mean = at::empty({channels}, at::kFloat), cov = at::empty({channels, channels}, at::kFloat);
+  const at::Tensor mean = uninitialized({channels}, at::kFloat), cov = uninitialized({channels, channels}, at::kFloat);
   std::copy(exact.begin(), exact.end(), mean.mutable_data_ptr<float>());
   const auto between = centred ? std::make_unique<Between>(sums, parts, exact.data(), channels) : nullptr;
   const MergeCovariance kernel{&sums, parts, between.get(), exact.data(), rows, channels,

@@ -23,7 +23,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products(
   if (mean) check_vector(*mean, "mean", inner);
   if (wg) check_matrix(*wg, "wg", dout.scalar_type(), outer, inner);
 
-  const at::Tensor u = wg ? empty_rows(x, inner) : at::empty({0}, x.options());
+  const at::Tensor u = wg ? empty_rows(x, inner) : uninitialized({0}, x.options());
   const OuterGrid grid(rows, outer, inner);
   OuterSums sums(rows > 0 ? grid.shares : 0, outer, inner);
   std::vector<std::vector<double>> totals(grid.row_pass_shares(sums.empty()), std::vector<double>(outer, 0.0));
@@ -42,7 +42,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products(
     return word_elements<E> == 1;
   });
 
-  const at::Tensor total = at::empty({outer}, at::kFloat);
+  const at::Tensor total = uninitialized({outer}, at::kFloat);
   float* t = total.mutable_data_ptr<float>();
   for (int64_t c = 0; c < outer; ++c) {
     double value = 0.0;

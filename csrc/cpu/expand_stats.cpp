@@ -63,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor> expand_stats(
   check_matrix(weight, "weight", weight.scalar_type(), outer, inner);
   check_vector(mean, "mean", inner);
   check_matrix(cov, "cov", at::kFloat, inner, inner);
-  const at::Tensor mean_out = at::empty({outer}, at::kFloat), var_out = at::empty({outer}, at::kFloat);
+  const at::Tensor mean_out = uninitialized({outer}, at::kFloat), var_out = uninitialized({outer}, at::kFloat);
   Panels<float> panels(inner, inner);
   pack(data_of<float>(cov), panels, inner);
   with_type(weight, [&](auto stored) {
@@ -187,9 +187,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand_co
   check_vector(invstd, "invstd", outer);
   check_vector(mean, "mean", inner);
 
-  const at::Tensor dgamma = at::empty({outer}, at::kFloat), dweight = at::empty({outer, inner}, at::kFloat);
-  const at::Tensor q = at::empty({inner, inner}, weight.options()), q_scale = at::empty({}, at::kFloat);
-  const at::Tensor c = at::empty({inner}, at::kFloat);
+  const at::Tensor dgamma = uninitialized({outer}, at::kFloat), dweight = uninitialized({outer, inner}, at::kFloat);
+  const at::Tensor q = uninitialized({inner, inner}, weight.options()), q_scale = uninitialized({}, at::kFloat);
+  const at::Tensor c = uninitialized({inner}, at::kFloat);
   Panels<float> panels(inner, inner);
   pack(data_of<float>(cov), panels, inner);
   const int64_t shares = share_count(outer, inner * inner);

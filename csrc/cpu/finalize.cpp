@@ -1,7 +1,6 @@
 // finalize: BatchNorm as one affine map, scale = gamma / sqrt(var + eps), shift = beta - mean * scale; and
 // update_running: (1 - f) * running + f * batch, f = momentum or 1 / num_batches_tracked. C-length work.
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <cmath>
 
@@ -18,8 +17,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> finalize(
   check_vector(var, "var", channels);
   if (gamma) check_vector(*gamma, "gamma", channels);
   if (beta) check_vector(*beta, "beta", channels);
-  const at::Tensor scale = at::empty({channels}, at::kFloat), shift = at::empty({channels}, at::kFloat);
-  const at::Tensor invstd = at::empty({channels}, at::kFloat);
+  const at::Tensor scale = uninitialized({channels}, at::kFloat), shift = uninitialized({channels}, at::kFloat);
+  const at::Tensor invstd = uninitialized({channels}, at::kFloat);
   const float *m = vector_of(mean), *v = vector_of(var), *g = vector_of(gamma), *b = vector_of(beta);
   float *s = mutable_data_of<float>(scale), *t = mutable_data_of<float>(shift), *i = mutable_data_of<float>(invstd);
   for (int64_t c = 0; c < channels; ++c) {

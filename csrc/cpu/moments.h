@@ -6,13 +6,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <tuple>
 #include <vector>
 
 #include "../common/scalar.h"
 #include "../common/storage.h"
+#include "tensors.h"
 
 namespace resfuse {
 
@@ -46,7 +46,7 @@ class Moments {
 
   // (mean, var), float32 [C]; NaN where nothing was added.
   std::tuple<at::Tensor, at::Tensor> finish() const {
-    at::Tensor mean = at::empty({channels_}, at::kFloat), var = at::empty({channels_}, at::kFloat);
+    at::Tensor mean = uninitialized({channels_}, at::kFloat), var = uninitialized({channels_}, at::kFloat);
     float* m = mean.mutable_data_ptr<float>();
     float* v = var.mutable_data_ptr<float>();
     for (int64_t c = 0; c < channels_; ++c) {

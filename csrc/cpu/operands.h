@@ -2,13 +2,13 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <type_traits>
 
 #include "checks.h"
 #include "rows.h"
+#include "tensors.h"
 
 namespace resfuse {
 
@@ -53,8 +53,8 @@ Activation<T> activation_of(
 
 // Uninitialised [N, channels, H, W] with like's N, H, W and dtype, dense in channels_last.
 inline at::Tensor empty_rows(const at::Tensor& like, int64_t channels) {
-  return at::empty({like.size(0), channels, like.size(2), like.size(3)}, like.options(),
-                   at::MemoryFormat::ChannelsLast);
+  return uninitialized({like.size(0), channels, like.size(2), like.size(3)}, like.options(),
+                       at::MemoryFormat::ChannelsLast);
 }
 
 // work(stored type, element type of products) for a tensor's dtype: bfloat16 is multiplied as it is where the processor

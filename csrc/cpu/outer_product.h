@@ -1,8 +1,6 @@
 // Sums over rows of outer products, g.T @ y: the weight gradients. Who works on which part of them, and their merging.
 #pragma once
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <memory>
@@ -12,6 +10,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "rows.h"
+#include "tensors.h"
 
 namespace resfuse {
 
@@ -113,7 +112,8 @@ class OuterSums {
   // shares: 0 where there are no rows.
   OuterSums(int64_t shares, int64_t outer, int64_t inner)
       : outer_(outer), inner_(inner),
-        result_(shares > 0 ? at::empty({outer, inner}, at::kFloat) : at::zeros({outer, inner}, at::kFloat)) {
+        result_(uninitialized({outer, inner}, at::kFloat)) {
+    if (shares == 0) result_.zero_();
     shares_.reserve(shares);
     if (shares > 0 && inner % panel_columns == 0) shares_.emplace_back(result_.mutable_data_ptr<float>(), inner);
     while (static_cast<int64_t>(shares_.size()) < shares) shares_.emplace_back(outer, inner);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <tuple>
@@ -52,8 +51,8 @@ struct SumResult {
 
   SumResult(const SumTensors& sum, const at::Tensor& like, int64_t channels)
       : out(empty_rows(like, channels)),
-        mask(at::empty({sum.want_mask ? row_count(like) : 0, mask_row_bytes(channels)},
-                       like.options().dtype(at::kByte).memory_format(std::nullopt))) {}
+        mask(uninitialized({sum.want_mask ? row_count(like) : 0, mask_row_bytes(channels)},
+                           like.options().dtype(at::kByte))) {}
 
   template <class T>
   SumArgs<T> arguments(const SumTensors& sum, const float* scale, const float* shift) const {
@@ -76,7 +75,7 @@ struct SumResult {
 
   // With the statistics of the shares, if there are any.
   std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> with(const std::vector<Moments>& shares) const {
-    if (shares.empty()) return {out, mask, at::empty({0}, at::kFloat), at::empty({0}, at::kFloat)};
+    if (shares.empty()) return {out, mask, uninitialized({0}, at::kFloat), uninitialized({0}, at::kFloat)};
     auto [mean, var] = merged(shares);
     return {out, mask, mean, var};
   }

@@ -7,7 +7,6 @@
 // tensors in all, where a stored d would make six.
 #include "device/activation.h"
 #include "device/gradient.h"
-#include "device/shares.h"
 #include "launchers.h"
 
 namespace resfuse::cuda {
@@ -27,61 +26,18 @@ DEVICE_FN void below_act(float (&d)[kVector], const GradientRaw<T>& raw, const G
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2)
 act_sums_kernel(Gradient g, Act act, float act_slope, float* __restrict__ partial, int64_t rows, int64_t each) {
-  SHARED_ARRAY(float, scratch, kDown * kColumns);
-  SHARED_ARRAY(float, result, 2 * kColumns);
-  constexpr int kUnroll = kRows<T, kWhole, 2>;
-  const Place place(rows, each);
-  const GradientVectors vectors(g, place.first);
-  float sums[2][kVector] = {};
-  if (place.first < g.channels) {
-    for (int first = place.begin + place.down; first < place.end; first += kUnroll * kDown) {
-      GradientRaw<T> raw[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        if (first + u * kDown < place.end) raw[u] = load_gradient<T, kWhole>(g, first + u * kDown, place.first);
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (first + u * kDown >= place.end) break;
-        float d[kVector];
-        below_act(d, raw[u], vectors, act, act_slope);
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-          sums[0][i] += d[i];
-          sums[1][i] += d[i] * (to_float(raw[u].z.v[i]) - vectors.mean[i]);
-        }
-      }
-    }
-  }
-  add_threads(result, scratch, sums);
-  const int which = int(threadIdx.x) / kColumns, column = int(threadIdx.x) % kColumns;
-  const int channel = int(blockIdx.x) * kColumns + column;
-  if (which < 2 && channel < g.channels)
-    partial[(int64_t(blockIdx.y) * 2 + which) * g.channels + channel] = result[which * kColumns + column];
+  store_sums<T, kWhole>(g, Place(rows, each), partial, [&](float (&d)[kVector], const auto& raw, const auto& vectors) {
+    below_act(d, raw, vectors, act, act_slope);
+  });
 }
 
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2)
 act_dgrad_kernel(Gradient g, Act act, float act_slope, T* __restrict__ dz, int64_t rows, int64_t each) {
-  constexpr int kUnroll = kRows<T, kWhole, 2>;
-  const Place place(rows, each);
-  const int left = g.channels - place.first;
-  if (left <= 0) return;
-  const GradientVectors vectors(g, place.first);
-  for (int first = place.begin + place.down; first < place.end; first += kUnroll * kDown) {
-    GradientRaw<T> raw[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (first + u * kDown < place.end) raw[u] = load_gradient<T, kWhole>(g, first + u * kDown, place.first);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int row = first + u * kDown;
-      if (row >= place.end) break;
-      float d[kVector];
-      below_act(d, raw[u], vectors, act, act_slope);
-      norm_values(d, g, raw[u], vectors);
-      store_raw<kWhole>(dz + int64_t(row) * g.channels + place.first, to_raw(d, T{}), left);
-    }
-  }
+  write_rows<T, kWhole>(g, Place(rows, each), dz, [&](float (&d)[kVector], const auto& raw, const auto& vectors) {
+    below_act(d, raw, vectors, act, act_slope);
+    norm_values(d, g, raw, vectors);
+  });
 }
 
 }  // namespace

@@ -9,25 +9,9 @@ namespace {
 template <class T, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 2)
 bn_dgrad_kernel(Gradient g, T* __restrict__ out, int64_t rows, int64_t each) {
-  constexpr int kUnroll = kRows<T, kWhole, 2>;
-  const Place place(rows, each);
-  const int left = g.channels - place.first;
-  if (left <= 0) return;
-  const GradientVectors vectors(g, place.first);
-  for (int first = place.begin + place.down; first < place.end; first += kUnroll * kDown) {
-    GradientRaw<T> raw[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (first + u * kDown < place.end) raw[u] = load_gradient<T, kWhole>(g, first + u * kDown, place.first);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int row = first + u * kDown;
-      if (row >= place.end) break;
-      float v[kVector];
-      gradient_values(v, g, raw[u], vectors);
-      store_raw<kWhole>(out + int64_t(row) * g.channels + place.first, to_raw(v, T{}), left);
-    }
-  }
+  write_rows<T, kWhole>(g, Place(rows, each), out, [&](float (&v)[kVector], const auto& raw, const auto& vectors) {
+    gradient_values(v, g, raw, vectors);
+  });
 }
 
 }  // namespace

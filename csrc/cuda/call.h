@@ -16,16 +16,21 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
+#include <torch/library.h>
 
 #include "launchers.h"
 
+// What registers the set's operators: a GPU's, or the emulator's.
 #ifdef RESFUSE_EMULATED
+#define CUDA_OPERATORS(m) TORCH_LIBRARY_IMPL(resfuse_emulated, CPU, m)
 extern "C" {
 void emu_reset();
 void emu_register(void*, uint64_t, const char*, int);
 const char* emu_error();
 uint64_t emu_unwritten_bytes(const void*);
 }
+#else
+#define CUDA_OPERATORS(m) TORCH_LIBRARY_IMPL(resfuse, CUDA, m)
 #endif
 
 namespace resfuse::cuda {

@@ -41,8 +41,8 @@ int apply(DType dtype, const Sum& sum, bool even, void* stream);
 // The recipe's tensor [M, C].
 int bn_dgrad(DType dtype, const Gradient& g, void* out, int64_t rows, bool even, void* stream);
 
-// Of g its part up to the masks; partial [shares, 2, C].
-int bn_reduce(DType dtype, const Gradient& g, const float* mean, const float* invstd, const float* gamma, float* partial,
+// Of g its part up to the masks, and mean; partial [shares, 2, C].
+int bn_reduce(DType dtype, const Gradient& g, const float* invstd, const float* gamma, float* partial,
               const ReduceResults& results, int64_t rows, bool even, void* stream);
 
 // Products of transposed activations: shares of the rows so that there are about kProductBlocks blocks, one wave of two

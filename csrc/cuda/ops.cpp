@@ -85,11 +85,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_reduce
     const at::Tensor& dout, const OptionalTensor& mask, const OptionalTensor& row_scale, double factor,
     const at::Tensor& z, const OptionalTensor& scale, const OptionalTensor& shift, const at::Tensor& mean,
     const at::Tensor& invstd, const OptionalTensor& gamma) {
-  const OptionalTensor given = z, none;
-  const GradientTensors g{dout, mask, row_scale, factor, given, scale, shift, none, none, none};
+  const OptionalTensor given = z, centre = mean, none;
+  const GradientTensors g{dout, mask, row_scale, factor, given, scale, shift, centre, none, none};
   g.check();
   const int64_t channels = dout.size(1), rows = row_count(dout);
-  check_vector(mean, "mean", dout, channels);
   check_vector(invstd, "invstd", dout, channels);
   check_vector(gamma, "gamma", dout, channels);
   const at::Tensor partial = empty_vector(dout, shares(rows, int(channels)) * 2 * channels);
@@ -99,7 +98,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> bn_reduce
   const ReduceResults results{call.out<float>(found[0], "dbeta"), call.out<float>(found[1], "dgamma"),
                               call.out<float>(found[2], "mean_dy"), call.out<float>(found[3], "slope"),
                               call.out<float>(found[4], "bn_scale")};
-  call.done(bn_reduce(dtype_of(dout), g.arguments(call), call.in<float>(mean, "mean"), call.in<float>(invstd, "invstd"),
+  call.done(bn_reduce(dtype_of(dout), g.arguments(call), call.in<float>(invstd, "invstd"),
                       call.in<float>(gamma, "gamma"), call.out<float>(partial, "partial"), results, rows, g.even(),
                       call.stream()));
   return {found[0], found[1], found[2], found[3], found[4]};
@@ -156,10 +155,9 @@ at::Tensor max_pool_backward_op(
 TORCH_LIBRARY(resfuse_emulated, m) {
   define_operators(m);
 }
-TORCH_LIBRARY_IMPL(resfuse_emulated, CPU, m) {
-#else
-TORCH_LIBRARY_IMPL(resfuse, CUDA, m) {
 #endif
+
+CUDA_OPERATORS(m) {
   m.impl("apply", &apply_op);
   m.impl("bn_stats", &bn_stats_op);
   m.impl("bn_dgrad", &bn_dgrad_op);

@@ -1,6 +1,4 @@
 // BatchNorm under an activation other than ReLU as operators: checks, allocations, and what a launch needs.
-#include <torch/library.h>
-
 #include "call.h"
 #include "common/activations.h"
 
@@ -58,11 +56,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> bn_act_backward_op(
 
 }  // namespace
 
-#ifdef RESFUSE_EMULATED
-TORCH_LIBRARY_IMPL(resfuse_emulated, CPU, m) {
-#else
-TORCH_LIBRARY_IMPL(resfuse, CUDA, m) {
-#endif
+CUDA_OPERATORS(m) {
   m.impl("bn_act", &bn_act_op);
   m.impl("bn_act_backward", &bn_act_backward_op);
 }

@@ -1,8 +1,5 @@
 // The algebra of the expanding convolution's BatchNorm, on weights and covariances, as operators.
-#include <torch/library.h>
-
 #include "call.h"
-#include "schemas.h"
 
 namespace resfuse::cuda {
 namespace {
@@ -75,11 +72,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand_co
 
 }  // namespace
 
-#ifdef RESFUSE_EMULATED
-TORCH_LIBRARY_IMPL(resfuse_emulated, CPU, m) {
-#else
-TORCH_LIBRARY_IMPL(resfuse, CUDA, m) {
-#endif
+CUDA_OPERATORS(m) {
   m.impl("expand_coefficients", &expand_coefficients_op);
   m.impl("expand_stats", &expand_stats_op);
 }

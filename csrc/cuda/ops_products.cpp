@@ -1,8 +1,5 @@
 // The products of rows and of transposed rows as operators: checks, allocations, and what a launch needs.
-#include <torch/library.h>
-
 #include "operands.h"
-#include "schemas.h"
 
 namespace resfuse::cuda {
 namespace {
@@ -216,11 +213,7 @@ std::tuple<at::Tensor, at::Tensor> conv_backward_op(
 
 }  // namespace
 
-#ifdef RESFUSE_EMULATED
-TORCH_LIBRARY_IMPL(resfuse_emulated, CPU, m) {
-#else
-TORCH_LIBRARY_IMPL(resfuse, CUDA, m) {
-#endif
+CUDA_OPERATORS(m) {
   m.impl("conv_backward", &conv_backward_op);
   m.impl("conv_stats", &conv_stats_op);
   m.impl("covariance", &covariance_op);

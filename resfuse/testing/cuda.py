@@ -28,7 +28,7 @@ def load(folder: Path = emulator.CSRC / "cuda") -> emulator.Library:
 
     folder: its sources.
     """
-    flags = ["-O1", "-DRESFUSE_EMULATED", *(f"-isystem{path}" for path in include_paths("cpu"))]
+    flags = ["-g0", "-DRESFUSE_EMULATED", *(f"-isystem{path}" for path in include_paths("cpu"))]
     flags.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     link = [part for path in library_paths("cpu") for part in (f"-L{path}", f"-Wl,-rpath,{path}")]
     libraries = ["-lc10", "-ltorch", "-ltorch_cpu"]

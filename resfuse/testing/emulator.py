@@ -31,7 +31,7 @@ READ, WRITE, READWRITE = 0, 1, 2
 FOLDERS = [CSRC / folder for folder in ("emu", "cuda/device", "cuda", "")]
 INCLUDES = [f"-I{folder}" for folder in FOLDERS]
 # No contraction: the same bits as the C++ kernels, and a fused multiply-add only where the source has one.
-COMMON = ["-std=c++17", "-O2", "-g", "-fPIC", "-ffp-contract=off", "-Wall", *INCLUDES]
+COMMON = ["-std=c++17", "-O2", "-g1", "-fPIC", "-ffp-contract=off", "-Wall", *INCLUDES]
 # The compiler's calls before each access; csrc/emu/memory.cpp answers them in place of a sanitizer's runtime.
 CHECKS = [
     "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
@@ -101,8 +101,8 @@ def _cached(name: str, command: list[str], inputs: list[Path]) -> Path:
     """What g++ makes of the inputs, kept under a name of their content. Several processes may make it at once."""
     names = {str(path) for path in inputs}
     key = hashlib.sha256("\0".join(part for part in command if part not in names).encode())
-    for path in sorted({path.resolve() for path in inputs}):
-        key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for part in sorted({path.name.encode() + b"\0" + path.read_bytes() for path in inputs}):
+        key.update(part + b"\0")  # wherever they lie: a copy of the sources finds what was made of the same
     made = CACHE / f"{key.hexdigest()[:16]}-{name}"
     if not made.exists():
         CACHE.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-// A gradient's recipe (arguments.h) and its eight values at a row.
+// A gradient's recipe (arguments.h), its eight values at a row, and a thread's rows one after the other.
 #pragma once
 
-#include "rows.h"
+#include "shares.h"
 
 namespace resfuse::cuda {
 
@@ -77,6 +77,62 @@ DEVICE_FN void gradient_values(
     float (&v)[kVector], const Gradient& g, const GradientRaw<T>& raw, const GradientVectors& vectors) {
   masked_values(v, g, raw, vectors);
   norm_values(v, g, raw, vectors);
+}
+
+// work(row, raw) for each of a thread's rows; some are asked for before the first is worked on.
+template <class T, bool kWhole, class Work>
+DEVICE_FN void each_row(const Gradient& g, const Place& place, const Work& work) {
+  constexpr int kUnroll = kRows<T, kWhole, 2>;
+  for (int first = place.begin + place.down; first < place.end; first += kUnroll * kDown) {
+    GradientRaw<T> raw[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (first + u * kDown < place.end) raw[u] = load_gradient<T, kWhole>(g, first + u * kDown, place.first);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int row = first + u * kDown;
+      if (row >= place.end) break;
+      work(row, raw[u]);
+    }
+  }
+}
+
+// Writes the rows that values(v, raw, vectors) makes, each rounded once.
+template <class T, bool kWhole, class Values>
+DEVICE_FN void write_rows(const Gradient& g, const Place& place, T* out, const Values& values) {
+  const int left = g.channels - place.first;
+  if (left <= 0) return;
+  const GradientVectors vectors(g, place.first);
+  each_row<T, kWhole>(g, place, [&](int row, const GradientRaw<T>& raw) {
+    float v[kVector];
+    values(v, raw, vectors);
+    store_raw<kWhole>(out + int64_t(row) * g.channels + place.first, to_raw(v, T{}), left);
+  });
+}
+
+// Shares of BatchNorm's sums in backward, sum(d) and sum(d * (z - mean)), of the d that values(d, raw, vectors) makes.
+template <class T, bool kWhole, class Values>
+DEVICE_FN void store_sums(const Gradient& g, const Place& place, float* partial, const Values& values) {
+  SHARED_ARRAY(float, scratch, kDown * kColumns);
+  SHARED_ARRAY(float, result, 2 * kColumns);
+  const GradientVectors vectors(g, place.first);
+  float sums[2][kVector] = {};
+  if (place.first < g.channels) {
+    each_row<T, kWhole>(g, place, [&](int, const GradientRaw<T>& raw) {
+      float d[kVector];
+      values(d, raw, vectors);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        sums[0][i] += d[i];
+        sums[1][i] += d[i] * (to_float(raw.z.v[i]) - vectors.mean[i]);
+      }
+    });
+  }
+  add_threads(result, scratch, sums);
+  const int which = int(threadIdx.x) / kColumns, column = int(threadIdx.x) % kColumns;
+  const int channel = int(blockIdx.x) * kColumns + column;
+  if (which < 2 && channel < g.channels)
+    partial[(int64_t(blockIdx.y) * 2 + which) * g.channels + channel] = result[which * kColumns + column];
 }
 
 }  // namespace resfuse::cuda

@@ -16,20 +16,23 @@ using outer::multiply;
 constexpr int kRowBytes = 128;
 DEVICE_FN int swizzled(int row, int word) { return row * kRowBytes + ((word ^ row) & 7) * 16; }
 
+// Where a word of the right tile lies: 128 bytes of columns after the other, each with a row for each place of kDepth.
+template <int kDepth>
+DEVICE_FN int right_offset(int row, int word) {
+  return word / 8 * (kDepth * kRowBytes) + swizzled(row, word & 7);
+}
+
 // Storage, the tile (kRows x kColumns), depth of a step, stages, threads; byOutput: the right tile has a row for each
 // column of the result, else for each place of the depth, 128 bytes of columns after the other.
 
 template <class T, int kWidth, bool byOutput, int kRing = 3>
 struct Short {
   using Storage = T;
-  static constexpr int kRows = 128, kColumns = kWidth, kDepth = 64, kStages = kRing, kThreads = 256, kBlocks = kWidth == 64 ? 2 : 1;
+  static constexpr int kRows = 128, kColumns = kWidth, kDepth = 64, kStages = kRing;
+  static constexpr int kThreads = 256, kBlocks = kWidth == 64 ? 2 : 1;
   static constexpr bool kByOutput = byOutput;
   static constexpr int kM = 2, kN = kColumns / 16;
   using Sums = MatrixSums<kM, kN, 4>;
-
-  static DEVICE_MEMBER int right_offset(int row, int word) {
-    return word / 8 * (kDepth * kRowBytes) + swizzled(row, word & 7);
-  }
 
   // Two words on is another bit of an address, 16 rows on a sum.
   static DEVICE_MEMBER void add(Sums& sums, const unsigned char* left, const unsigned char* right) {
@@ -37,7 +40,7 @@ struct Short {
     const uint32_t of_left = smem_address(left) + swizzled(Sums::warp_row() + (lane() & 15), lane() >> 4);
     const uint32_t of_right =
         smem_address(right) + (kByOutput ? swizzled(column + (lane() >> 4) * 8 + (lane() & 7), lane() >> 3 & 1)
-                                         : right_offset(lane() & 15, column / 8 + (lane() >> 4)));
+                                         : right_offset<kDepth>(lane() & 15, column / 8 + (lane() >> 4)));
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k) {
       uint32_t a[kM][4];
@@ -67,10 +70,6 @@ struct Wide {
   using Storage = float;
   static constexpr int kRows = 64, kColumns = 64, kDepth = 32, kStages = 3, kThreads = 128, kBlocks = 2;
   static constexpr bool kByOutput = byOutput;
-
-  static DEVICE_MEMBER int right_offset(int row, int word) {
-    return word / 8 * (kDepth * kRowBytes) + swizzled(row, word & 7);
-  }
 };
 
 template <bool byOutput>
@@ -82,7 +81,8 @@ struct Tf32 : Wide<byOutput> {
     return round_tf32(*reinterpret_cast<const float*>(word + value % 4 * 4));
   }
   static DEVICE_MEMBER uint32_t of_right(const unsigned char* right, int k, int column) {
-    return byOutput ? read(right + swizzled(column, k / 4), k) : read(right + Of::right_offset(k, column / 4), column);
+    return byOutput ? read(right + swizzled(column, k / 4), k)
+                    : read(right + right_offset<Of::kDepth>(k, column / 4), column);
   }
 
   static DEVICE_MEMBER void add(Sums& sums, const unsigned char* left, const unsigned char* right) {
@@ -140,7 +140,7 @@ struct Exact : Wide<byOutput> {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         words(b[j], right + (byOutput ? swizzled(Sums::column(j), k / 4)
-                                      : Of::right_offset(k + j, Sums::column(0) / 4)));
+                                      : right_offset<Of::kDepth>(k + j, Sums::column(0) / 4)));
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         float a[4];

@@ -201,12 +201,14 @@ struct GradientRows {
   }
 };
 
-// The weight that a product reads, of less than 2^31 values: [columns, depth] where Math has it by output, else [depth, columns].
+// The weight that a product reads, of less than 2^31 values: [columns, depth] where Math has it by output, else [depth,
+// columns].
 template <class Math, bool kWhole>
 struct Weight {
   using T = typename Math::Storage;
   static constexpr int kRows = Math::kByOutput ? Math::kColumns : Math::kDepth;
-  static constexpr int kValues = 16 / int(sizeof(T)), kAcross = (Math::kByOutput ? Math::kDepth : Math::kColumns) / kValues;
+  static constexpr int kValues = 16 / int(sizeof(T));
+  static constexpr int kAcross = (Math::kByOutput ? Math::kDepth : Math::kColumns) / kValues;
 
   const T* data;
   int depth, columns, first;
@@ -220,7 +222,7 @@ struct Weight {
       const int row = index / kAcross, word = index % kAcross;
       const int left = row0 + row < rows ? width - column0 - word * kValues : 0;
       const T* const from = data + (left > 0 ? (row0 + row) * width + column0 + word * kValues : 0);
-      unsigned char* const to = tile + Math::right_offset(row, word);
+      unsigned char* const to = tile + right_offset<Math::kDepth>(row, word);
       if constexpr (kWhole) {
         cp_async_16(smem_address(to), from, left > 0);
       } else {
