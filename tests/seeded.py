@@ -25,7 +25,7 @@ torch.save(found, sys.argv[3])
 """
 
 
-def tests(module: str, bugs, sample):
+def tests(module: str, bugs, sample=()):
     """A fixture `expected`, what a test module's `everything` gives, and a test that each bug changes it or is told of.
 
     bugs: (file, what stands there, what stands there instead, what is said, "|" between words); those that are not in

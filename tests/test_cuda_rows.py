@@ -13,7 +13,7 @@ from resfuse.testing.cuda import emulated, on_gpu
 PRECISIONS = ["float32", "tf32", "bfloat16", "float16"]
 POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
 # Pixels, outer and inner channels: parts of tiles of 128 columns and rows; single channels; more steps than stages.
-CASES = [((2, 12, 11), 136, 72), ((3, 5, 7), 13, 20), ((1, 9, 8), 64, 264)]
+CASES = [((1, 12, 11), 136, 72), ((3, 5, 7), 13, 20), ((1, 9, 8), 64, 264)]
 # More tiles of rows than a GPU has multiprocessors, or columns of tiles; parts of them and none.
 LARGE = [((16, 56, 56), 256, 64), ((9, 29, 31), 520, 136), ((16, 14, 14), 256, 1024), ((11, 41, 37), 65, 131)]
 
@@ -240,7 +240,6 @@ BUGS = [  # file, what stands there, what stands there instead, what the emulato
     ("conv_backward.cu", "tile.first == 0 ? dz : nullptr", "dz", "race"),
     ("device/sum.h", "(kWhole || i < left) && passes", "passes", "numbers"),
 ]  # fmt: skip
-SAMPLE = (24,)  # a quick one
 
 
 def everything():
@@ -253,4 +252,4 @@ def everything():
     return found
 
 
-expected, test_a_bug_is_seen = seeded.tests(__name__, BUGS, SAMPLE)
+expected, test_a_bug_is_seen = seeded.tests(__name__, BUGS)

@@ -39,6 +39,7 @@ def operand(kind, shape, dtype):
     return recipe, (v.relu() if act else v).to(dtype).double()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("channels", [2, 17, 64])
 @pytest.mark.parametrize("kind", ACTS)
 @pytest.mark.parametrize("taps, settings", GEOMETRIES)

@@ -17,6 +17,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: HERE)
     monkeypatch.setattr(measured, "PROVEN", {"triton": (HERE,), "cuda": (HERE,)})
+    monkeypatch.setattr(measured, "UNPROVEN", {})
     for each in (triton, cuda):
         monkeypatch.setattr(each, "unsupported", lambda device, dtype: [])
     lines = [

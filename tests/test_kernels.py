@@ -131,7 +131,8 @@ def test_bn_stats(shape, dtype):
 @pytest.mark.parametrize("value", [0.1, 3.3e4, -1e-3])
 def test_a_constant_channel_has_no_variance(value, dtype):
     """But for rounding, which may not take it below 0: its root would be NaN where eps is."""
-    z = torch.full((3, 5, 37, 29), value, dtype=torch.float64).to(dtype).contiguous(memory_format=torch.channels_last)
+    n = 1 if primitive.kernel_set == "triton" else 3  # interpreted: seconds
+    z = torch.full((n, 5, 37, 29), value, dtype=torch.float64).to(dtype).contiguous(memory_format=torch.channels_last)
     var = primitive("bn_stats")(z).var
     assert (0 <= var).all() and (var <= (1e-4 * value) ** 2).all()
 
@@ -212,7 +213,7 @@ def test_covariance_of_16_bits_where_means_are_large(dtype):
     """Means of 30 standard deviations cost no more than a rounding of the values does."""
     if dtype not in STORED[primitive.kernel_set]:
         pytest.skip(f"dtype: the kernel set {primitive.kernel_set} does not store {dtype}")
-    y = (activation(8, 6, 32, 32, dtype=torch.float32) + 30).to(dtype)
+    y = (activation(2, 6, 32, 32, dtype=torch.float32) + 30).to(dtype)
     _, cov = primitive("covariance")(y)
     rows = matrix(y)
     exact = (rows - rows.mean(0)).T @ (rows - rows.mean(0)) / len(rows)
@@ -235,8 +236,8 @@ def test_float32_variances_stay_within_their_condition(channels, count):
     """4 eps32 kappa channel by channel, for rectified inputs with means of their own."""
     from resfuse.testing.tolerances import check_variance, kappa
 
-    if primitive.kernel_set == "triton" and count > 1000:
-        pytest.skip("interpreted: minutes of it tell no more than the smallest size")
+    if primitive.kernel_set in ("triton", "cuda") and count > 1000:
+        pytest.skip("interpreted and emulated: minutes of it tell no more than the smallest size")
     for seed in range(5):
         offsets = 3 * torch.randn(1, channels, 1, 1, generator=torch.Generator().manual_seed(seed))
         y = (activation(1, channels, count, 1, dtype=torch.float32, seed=seed) + offsets).relu()

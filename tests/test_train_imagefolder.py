@@ -136,6 +136,7 @@ def test_a_killed_run_ends_in_the_same_weights(photographs, runs, tmp_path):
     assert_same(*train(photographs, tmp_path, "--resume"), whole, rows)
 
 
+@pytest.mark.slow
 def test_two_processes(photographs, tmp_path):
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     process = started(torchrun, photographs, tmp_path, "--epochs", "1")

@@ -49,6 +49,13 @@ def fuse(module):
     return resfuse.fuse(module, config=resfuse.FuseConfig(backend="triton"))
 
 
+def check(name, mode):
+    try:
+        comparison.check_case(cases.CASES[name], fuse, MODES[mode], range(3), kinks=False)
+    except AssertionError:  # medians of few seeds stray: what they find is asked of more
+        comparison.check_case(cases.CASES[name], fuse, MODES[mode], range(20), kinks=False)
+
+
 @pytest.fixture(params=DEVICES, ids=["interpreted", "gpu"])
 def runner(request, monkeypatch):
     with triton_kernels(monkeypatch, gpu=request.param) as running:
@@ -59,10 +66,7 @@ def runner(request, monkeypatch):
 @pytest.mark.parametrize("mode", ["float32", "autocast-bfloat16", "autocast-float16"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_are_as_exact_as_eager(name, mode, runner):
-    try:
-        comparison.check_case(cases.CASES[name], fuse, MODES[mode], range(5), kinks=False)
-    except AssertionError:  # medians of few seeds stray: what they find is asked of more
-        comparison.check_case(cases.CASES[name], fuse, MODES[mode], range(20), kinks=False)
+    check(name, mode)
     wide = {"_covariance", "_expand", "_outer_product", "_expand_dgrad"}
     assert wide <= set(runner.launches) if name == "small-identity" else runner.launches
 
@@ -81,7 +85,7 @@ WINDOWS = ["small-strided", *(
 def test_blocks_whose_windows_are_ours(name, mode, gpu, monkeypatch):
     """3x3 convolutions and their gradients by our kernels, which nothing chooses yet."""
     with triton_kernels(monkeypatch, gpu=gpu, windows=True) as running:
-        comparison.check_case(cases.CASES[name], fuse, MODES[mode], range(5), kinks=False)
+        check(name, mode)
     assert {"_conv_window", "_conv_window_dgrad", "_conv_window_wgrad"} <= set(running.launches)
 
 
@@ -99,7 +103,7 @@ def test_blocks_whose_recipes_are_written_first(name, rows, runner, monkeypatch)
     monkeypatch.setattr(_table, "tile", lambda primitive, *rest: (asked.add(primitive), tile(primitive, *rest))[1])
     monkeypatch.setattr(cost, "covariance_rows", lambda *_: rows)
     monkeypatch.setattr(cost, "gpu_covariance_rows", lambda *_: rows)
-    comparison.check_case(cases.CASES[name], fuse, MODES["autocast-bfloat16"], range(5), kinks=False)
+    check(name, "autocast-bfloat16")
     wanted = {"outer_product", "conv_backward", *(["expand_dgrad"] if rows == 1 else [])}
     wanted -= {"conv_backward"} if name == "small-strided" else set()  # its addend is strided
     assert {f"{primitive} of tensors" for primitive in wanted} <= asked

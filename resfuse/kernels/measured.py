@@ -24,12 +24,14 @@ class Preference(NamedTuple):
 # Compute capabilities of the GPUs on which the tests of a set's kernels passed; benchmarks/results says when.
 PROVEN: dict[str, tuple[tuple[int, int], ...]] = {"triton": ((9, 0),), "cuda": ((9, 0),)}
 
-# Primitives of such a set whose kernels are newer than that: `auto` leaves them alone until they have passed too.
+# Primitives of such a set whose kernels are newer than that, or were rewritten since: `auto` leaves them alone until
+# they have passed as they are.
 UNPROVEN: dict[str, tuple[str, ...]] = {
     "triton": ("bn_act", "bn_act_backward"),
     "cuda": (
-        "avg_pool", "avg_pool_backward", "bn_act", "bn_act_backward", "conv_backward", "conv_stats", "expand",
-        "expand_coefficients", "expand_dgrad", "expand_stats", "scale_weight",
+        "apply", "avg_pool", "avg_pool_backward", "bn_act", "bn_act_backward", "bn_backward", "bn_dgrad", "bn_reduce",
+        "conv_backward", "conv_stats", "expand", "expand_coefficients", "expand_dgrad", "expand_stats", "scale_weight",
+        "select",
     ),
 }  # fmt: skip
 
