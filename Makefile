@@ -20,7 +20,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q $$($(PY) -c 'import xdist' 2>/dev/
 FAST := not gpu and not slow
 
 OUT ?= gpu-results
-PARTS ?= env,ceilings,tests,primitives,blocks,resnet50,evaluation
+PARTS ?= env,ceilings,tests,primitives,steps,blocks,resnet50,evaluation
 
 .PHONY: help build test test-all test-range test-torch-min test-torch-max sanitize bench suites results verify profile gpu lint wheel \
   clean

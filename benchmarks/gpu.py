@@ -7,6 +7,7 @@ is cut off leaves what it had. The tables come last. `--device cpu --smoke` runs
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -43,10 +44,11 @@ from resfuse.testing.timing import interleave, summary
 
 ROOT = Path(__file__).parents[1]
 LIMITS = {  # seconds
-    "env": 30, "ceilings": 40, "tests": 240, "primitives": 150, "blocks": 180, "resnet50": 180, "evaluation": 240,
-    "sanitize": 300, "autotune": 560,
+    "env": 30, "ceilings": 40, "tests": 300, "primitives": 150, "steps": 200, "blocks": 180, "resnet50": 180,
+    "evaluation": 240, "sanitize": 300, "autotune": 560,
 }  # fmt: skip
-DEFAULT = "env,ceilings,tests,primitives,blocks,resnet50,evaluation"
+DEFAULT = "env,ceilings,tests,primitives,steps,blocks,resnet50,evaluation"
+WAYS = "eager,torch.compile,resfuse,lean,leanest,cuda"  # of training, train_step.py's
 BATCH, GATE_BATCH = 256, 8
 LEFT_OUT = 3  # exit code of a part that cannot run here
 PRIMITIVE_ERROR = 0.02  # relative to the eager set, in bfloat16
@@ -122,10 +124,14 @@ def ceilings(options: argparse.Namespace) -> None:
 
 
 def tests(options: argparse.Namespace) -> None:
-    """The tests marked gpu that are not slow (on a CPU the smoke run only collects them)."""
+    """The tests marked gpu that are not slow (on a CPU the smoke run only collects them), a process to a core: most of
+    their time is Triton's compiler."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
     command += [str(ROOT / "tests")]
-    command += ["--collect-only"] if options.device.type != "cuda" else []
+    if options.device.type != "cuda":
+        command += ["--collect-only"]
+    elif importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(14, os.cpu_count() or 1))]
     code, lines = _logged(command, options.out / "tests.txt")
     print("\n".join(lines[-30:]), flush=True)
     write_json(options.out / "tests.json", {"exit_code": code, "last": lines[-60:]})
@@ -164,6 +170,14 @@ def primitives(options: argparse.Namespace) -> None:
     wrong = [row for row in rows if not row["error"] <= PRIMITIVE_ERROR]
     if wrong:
         sys.exit(f"wrong results: {wrong}")
+
+
+def steps(options: argparse.Namespace) -> None:
+    """ResNet-50's train step in every way, under bf16 autocast."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--out", str(options.out / "steps.json")]
+    command += ["--ways", "eager,resfuse,lean" if options.smoke else WAYS, "--device", str(options.device)]
+    command += shlex.split("--model resnet18 --batch 2 --side 32 --rounds 1") if options.smoke else []
+    sys.exit(subprocess.run(command, cwd=ROOT, check=False).returncode)
 
 
 def sanitize(options: argparse.Namespace) -> None:
@@ -279,7 +293,8 @@ def _show(out: Path, status: dict[str, str]) -> None:
 
 
 PARTS = {
-    each.__name__: each for each in (env, ceilings, tests, primitives, blocks, resnet50, evaluation, sanitize, autotune)
+    each.__name__: each
+    for each in (env, ceilings, tests, primitives, steps, blocks, resnet50, evaluation, sanitize, autotune)
 }
 
 if __name__ == "__main__":

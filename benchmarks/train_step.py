@@ -154,11 +154,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--side", type=int, default=224, help="pixels")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()
     ways = options.ways.split(",")
     if unknown := set(ways).difference(WAYS):
         parser.error(f"--ways: {', '.join(sorted(unknown))}, which is not of {', '.join(WAYS)}")
-    found = measure(options.model, options.batch, options.side, options.device, ways)
+    found = measure(options.model, options.batch, options.side, options.device, ways, options.rounds)
     facts = {"model": options.model, "batch": options.batch, "side": options.side}
     write_json(options.out, {"environment": environment(options.device), **facts, **found})
     for name, row in found.items():

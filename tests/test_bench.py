@@ -175,7 +175,7 @@ def gpu_command(*arguments):
 @pytest.mark.slow
 def test_the_gpu_command_runs_its_parts(tmp_path):
     """At tiny sizes on a CPU: every line of it, but for what only a GPU can say."""
-    parts = "env,ceilings,tests,primitives,blocks,resnet50,evaluation"
+    parts = "env,ceilings,tests,primitives,steps,blocks,resnet50,evaluation"
     done = gpu_command("--out", str(tmp_path), "--device", "cpu", "--smoke", "--parts", parts)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(json.loads((tmp_path / "status.json").read_text()).values()) == {"ok"}
@@ -185,6 +185,7 @@ def test_the_gpu_command_runs_its_parts(tmp_path):
         assert {row["mode"] for row in results["times"]} == {"autocast-bfloat16", "autocast-float16"}
         assert all(row["peak_bytes"] for row in results["memory"])  # evaluation has no such rows
     assert json.loads((tmp_path / "ceilings.json").read_text())["copy"]["tb_s"] > 0
+    assert json.loads((tmp_path / "steps.json").read_text())["lean"]["step_ms"]["median"] > 0
     primitives = json.loads((tmp_path / "primitives.json").read_text())
     rows = primitives["rows"]
     assert all(row["forward"] > 0 < row["backward"] for row in primitives["host"])

@@ -249,7 +249,21 @@ def everything():
         torch.backends.cudnn.allow_tf32 = tf32
         for case in CASES:
             found += [t for values in results(*case, dtype)[1].values() for t in values]
-    return found
+    return [*found, mask_of_an_infinite_row()]
+
+
+def mask_of_an_infinite_row():
+    """Behind its last channel are products of infinity with nothing."""
+    o = operands(*CASES[1], torch.float32)
+    o["a"].z[0, 0, 0, 0] = float("inf")
+    scale, shift, *_ = o["vectors"]
+    return own("expand")(o["a"], o["weight"], scale, shift, Sum(o["residual"]), Want(mask=True)).mask
+
+
+@EMULATED
+def test_a_mask_ends_with_the_channels():
+    with emulated():
+        assert not (mask_of_an_infinite_row()[:, -1] >> CASES[1][1] % 8).any()
 
 
 expected, test_a_bug_is_seen = seeded.tests(__name__, BUGS)

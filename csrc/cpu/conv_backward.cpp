@@ -4,6 +4,8 @@
 // dz [M, K] (gradient.h: BatchNorm's backward and ReLU's mask are its prologue), a [M, C] a tensor or recipe, W [K, C],
 // add a gradient [M, C] of the same activation (the shortcut's) under its mask. Reads M*K*s (dout and z each) and M*C*s
 // (a, add), writes M*C*s (da). 4*M*K*C operations. dW: float32 along a share's rows, shares added in order.
+#include <memory>
+
 #include "gradient_products.h"
 #include "gradient_tensors.h"
 #include "primitives.h"
@@ -43,10 +45,10 @@ std::tuple<at::Tensor, at::Tensor> conv_backward(
       pack(data_of<T>(weight), *panels, outer);
     }
     const Gradient<T> added = beside.arguments<T>();
-    const GradientProductsKernel<T, E> kernel{
+    const GradientProducts<T, E> whole{
         g.arguments<T>(), activation_of<T>(x, x_scale, x_shift, x_relu), nullptr, grid.chunk, panels.get(),
         add ? &added : nullptr, want_input ? mutable_data_of<T>(da) : nullptr};
-    run_gradient_products(kernel, rows, grid, sums, nullptr);
+    run_gradient_products(whole, rows, grid, sums, nullptr);
   });
   return {da, want_weight ? sums.merged() : uninitialized({0}, at::kFloat)};
 }

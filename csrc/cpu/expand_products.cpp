@@ -4,6 +4,8 @@
 // g [M, K] (gradient.h) and a [M, C] are made from their recipes in cache, Wg [K, C]. Reads M*K*s (g), its mask and
 // M*C*s (a), writes M*C*s (u). 4*M*K*C operations. Floats are centred before the product; bfloat16 would be rounded by
 // that, and its product is corrected, P - sum(g) mean.T. P: float32 along a share's rows, shares added in order.
+#include <memory>
+
 #include "gradient_products.h"
 #include "gradient_tensors.h"
 #include "primitives.h"
@@ -35,10 +37,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expand_products(
       panels = std::make_unique<Panels<E>>(round_up(outer, panel_columns), inner);
       pack(data_of<T>(*wg), *panels, outer);
     }
-    const GradientProductsKernel<T, E> kernel{
+    const GradientProducts<T, E> whole{
         g.arguments<T>(), activation_of<T>(x, x_scale, x_shift, x_relu), vector_of(mean), grid.chunk, panels.get(),
         nullptr, wg ? mutable_data_of<T>(u) : nullptr};
-    run_gradient_products(kernel, rows, grid, sums, &totals);
+    run_gradient_products(whole, rows, grid, sums, &totals);
     return word_elements<E> == 1;
   });
 
