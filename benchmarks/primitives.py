@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -40,6 +42,7 @@ from resfuse.testing.cases import BottleneckCase, make_block, make_gradient, mak
 from resfuse.testing.timing import interleave, summary
 from resfuse.testing.tolerances import relative_error
 
+BY_ROWS = ("conv_stats", "expand", "expand_dgrad", "conv_backward")
 POINTWISE, WINDOW = Geometry((1, 1), (0, 0), (1, 1), 1), Geometry((1, 1), (1, 1), (1, 1), 1)
 
 
@@ -84,6 +87,20 @@ def with_windows(k: SimpleNamespace) -> SimpleNamespace:
         return call
 
     return SimpleNamespace(conv_stats=patched(k.conv_stats), conv_backward=patched(k.conv_backward))
+
+
+@contextmanager
+def _warpgroups() -> Iterator[None]:
+    os.environ["RESFUSE_WGMMA"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["RESFUSE_WGMMA"]
+
+
+def with_warpgroups(k: SimpleNamespace) -> SimpleNamespace:
+    """The CUDA set with Hopper's products by rows in place of those of every GPU's."""
+    return SimpleNamespace(**{name: _warpgroups()(getattr(k, name)) for name in BY_ROWS})
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, size: int, side: int) -> dict[str, Callable[[], object]]:
@@ -190,6 +207,8 @@ def measure(
         candidates |= {chosen: k for chosen, k in parts(device, dtype).items() if hasattr(k, primitive)}
         if "3x3" in name and "triton" in kernels:
             candidates["triton, own windows"] = with_windows(kernels["triton"])
+        if "3x3" not in name and primitive in BY_ROWS and "cuda" in kernels:
+            candidates["cuda, warpgroups"] = with_warpgroups(kernels["cuda"])
         for chosen, k in candidates.items():
             found = zip(_tensors(work.call(k)), exact, strict=True)
             errors[chosen] = max(relative_error(ours, theirs) for ours, theirs in found)

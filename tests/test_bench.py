@@ -23,6 +23,7 @@ from resfuse.bench.results import write_json
 from resfuse.kernels.interface import PRIMITIVES, Reason
 
 ROOT = Path(__file__).parents[1]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("cpu-*.json"))
 SMALL_PLAN = Plan(6.0, tuple(
     Job(subject, mode, 4, 8, (EAGER.name, RESFUSE.name), 1.0, gate_batch=4)
     for subject in ("small-projection", "small-resnet", "small-resnet-eval")
@@ -58,6 +59,17 @@ def test_a_run_has_errors_memory_and_time_of_everything(tmp_path):
     assert {row["seconds"]["median"] for row in ours if row["passes"] == "forward+backward"} == {
         float(row["value"]) for row in steps if row["implementation"] == RESFUSE.name
     }
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_results_have_their_table(path):
+    results, table = json.loads(path.read_text()), list(csv.DictReader(path.with_suffix(".csv").open()))
+    for what, rows, value in (
+        ("seconds of ", results["times"], lambda row: row["seconds"]["median"]),
+        ("saved bytes", results["memory"], lambda row: row["saved_bytes"]),
+        ("error of ", results["gate"]["rows"], lambda row: row["ours"]),
+    ):
+        assert sorted(map(value, rows)) == sorted(float(r["value"]) for r in table if r["what"].startswith(what))
 
 
 def test_a_red_gate_reports_no_speed(tmp_path):

@@ -1,6 +1,8 @@
 """The CUDA set's products by rows, emulated: exact, in any order of threads, reading what their files say. On a GPU,
 larger ones: exact, and the same bits every time."""
 
+import os
+
 import pytest
 import seeded
 import torch
@@ -67,7 +69,10 @@ def matrix(t):
 @pytest.fixture
 def precision(request, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", request.param == "tf32")
-    return request.param, torch.float32 if request.param == "tf32" else getattr(torch, request.param)
+    if request.param == "warpgroups":  # on other GPUs than Hopper it changes nothing
+        monkeypatch.setenv("RESFUSE_WGMMA", "1")
+    dtypes = {"tf32": torch.float32, "warpgroups": torch.bfloat16}
+    return request.param, dtypes.get(request.param) or getattr(torch, request.param)
 
 
 @EMULATED
@@ -80,7 +85,7 @@ def test_products_by_rows(pixels, outer, inner, precision):
 
 @CUDA
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", PRECISIONS, indirect=True)
+@pytest.mark.parametrize("precision", [*PRECISIONS, "warpgroups"], indirect=True)
 @pytest.mark.parametrize("pixels, outer, inner", [*CASES, *LARGE])
 def test_products_by_rows_on_a_gpu(pixels, outer, inner, precision):
     products_by_rows(pixels, outer, inner, precision, 4, [on_gpu() for _ in range(3)])
@@ -132,6 +137,21 @@ def products_by_rows(pixels, outer, inner, precision, slack, runs):
         if key in ("through BatchNorm", "below a mask"):
             exactly = rows(dz if key == "through BatchNorm" else g).T @ rows(a)
             assert (rest[0].flatten(1) - exactly).norm() <= 1e-6 * slack * exactly.norm(), key
+
+
+@EMULATED
+def test_warpgroups_give_the_same_bits(monkeypatch):
+    """Products by wgmma, in another order of threads, beside those by mma.sync: the emulator's units round alike."""
+    for case in (CASES[0], CASES[2]):
+        with emulated():
+            expected = results(*case, torch.bfloat16)[1]
+        with monkeypatch.context() as asked, emulated(order=2, seed=7) as library:
+            asked.setenv("RESFUSE_WGMMA", "1")
+            o, found = results(*case, torch.bfloat16)
+            own("conv_stats")(o["a"], o["weight"][:, :, None, None], POINT, True)
+            assert library.stat("mma") and not library.stat("ldmatrix")
+        for key, values in found.items():
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(values, expected[key], strict=True)), key
 
 
 @EMULATED
@@ -239,16 +259,25 @@ BUGS = [  # file, what stands there, what stands there instead, what the emulato
     ("conv_backward.cu", "  if (left <= 0) return;\n", "", "out-of-bounds|race"),
     ("conv_backward.cu", "tile.first == 0 ? dz : nullptr", "dz", "race"),
     ("device/sum.h", "(kWhole || i < left) && passes", "passes", "numbers"),
+    ("device/row_product.h", "      fence_proxy_async();", "      //", "proxy"),
+    ("device/row_product.h", "      wgmma_wait<0>();  ", "      //", "async-read"),
+    ("device/row_product.h", "  if constexpr (Math::kWarpgroups) wgmma_wait<0>();\n", "", "async-read|numbers"),
+    ("device/row_math.h", "    wgmma_fence();\n", "", "async-read"),
+    ("device/row_math.h", "byOutput ? 0 : Of::kDepth * kRowBytes", "0", "numbers"),
+    ("device/row_math.h", "int(threadIdx.x) / 128 * 64 * kRowBytes", "0", "numbers"),
 ]  # fmt: skip
 
 
 def everything():
-    """Something of every kernel, on all shapes."""
+    """Something of every kernel, on all shapes. For a process of its own."""
     found = []
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
         torch.backends.cudnn.allow_tf32 = tf32
         for case in CASES:
             found += [t for values in results(*case, dtype)[1].values() for t in values]
+    os.environ["RESFUSE_WGMMA"] = "1"
+    for case in (CASES[0], CASES[2]):
+        found += [t for values in results(*case, torch.bfloat16)[1].values() for t in values]
     return [*found, mask_of_an_infinite_row()]
 
 

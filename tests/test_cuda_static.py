@@ -31,14 +31,17 @@ def test_compiled(source, arch):
         # Two blocks of 256 threads on a multiprocessor, three of 128 in products of float32. Products by rows: one of
         # 256 where tiles are wide, a projection's two, or read value by value; two of 128.
         limit = 168 if "Exact" in name or "Tf32" in name else 128
-        alone = "128" in name or options[:1] == ["false"] or (name.startswith("expand") and options[1:] == ["true"])
+        alone = "Short" in name and "128" in name or options[:1] == ["false"]
+        alone = alone or (name.startswith("expand") and options[1:] == ["true"])
         if by_rows and (alone or limit == 168):
             limit = 255
         assert kernel.registers <= limit and kernel.shared <= 48 << 10, kernel
         if options[:1] == ["true"] or name.startswith("products_u"):
             assert found["16 bytes"], kernel
             assert bool(found["copy"]) == product, kernel
-        if product:
+        if "Warpgroups" in name:
+            assert found["product"] == (4 if arch == "sm_90a" else 0) and not found["ldmatrix"], kernel
+        elif product:
             exact = "Exact" in name
             assert bool(found["product"]) != exact and (found["multiply-add"] >= 128 or not exact), kernel
             assert bool(found["ldmatrix"]) == (not exact and "Tf32" not in name), kernel

@@ -65,10 +65,11 @@ int conv_dgrad(DType dtype, const Gradient& g, const void* weight, const Gradien
     using Plain = GradientRows<Math, true, false>;
     if constexpr (Math::kColumns == 64) {
       using Through = Two<Math>;
-      using Left = GradientRows<Through, true, true>;
-      const auto kernel =
-          even ? conv_dgrad_kernel<Through, true, true> : conv_dgrad_kernel<Through, false, true>;
-      if (batch_norm) return start(Through{}, kernel, kSharedBytes<Through, Left>);
+      auto kernel = conv_dgrad_kernel<Through, true, true>;
+      if constexpr (Math::kRagged) kernel = even ? kernel : conv_dgrad_kernel<Through, false, true>;
+      if (batch_norm) return start(Through{}, kernel, kSharedBytes<Through, GradientRows<Through, true, true>>);
+    }
+    if constexpr (Math::kRagged) {
       if (!even) return start(math, conv_dgrad_kernel<Math, false, false>, kSharedBytes<Math, Plain>);
     }
     return start(math, conv_dgrad_kernel<Math, true, false>, kSharedBytes<Math, Plain>);

@@ -56,7 +56,7 @@ int conv_stats(DType dtype, const Activation& a, const void* weight, bool tf32, 
     using Math = decltype(math);
     using T = typename Math::Storage;
     auto kernel = conv_kernel<Math, true>;
-    if constexpr (Math::kColumns == 64) kernel = even ? kernel : conv_kernel<Math, false>;
+    if constexpr (Math::kRagged) kernel = even ? kernel : conv_kernel<Math, false>;
     return launch(kernel, tiles<Math>(rows, outputs), dim3(Math::kThreads),
                   kSharedBytes<Math, ActivationRows<Math, true>>, on, a, static_cast<const T*>(weight),
                   static_cast<T*>(z), partial, int(rows), outputs);

@@ -81,9 +81,9 @@ int expand(DType dtype, const Activation& a, const void* weight, const Activatio
     using Math = decltype(math);
     using T = typename Math::Storage;
     auto kernel = expand_kernel<Math, true, false>;
-    if constexpr (Math::kColumns == 64) {
-      kernel = even ? kernel : expand_kernel<Math, false, false>;
-      if (beside) kernel = even ? expand_kernel<Math, true, true> : expand_kernel<Math, false, true>;
+    if constexpr (Math::kColumns == 64) kernel = beside ? expand_kernel<Math, true, true> : kernel;
+    if constexpr (Math::kRagged) {
+      if (!even) kernel = beside ? expand_kernel<Math, false, true> : expand_kernel<Math, false, false>;
     }
     return launch(kernel, tiles<Math>(sum.rows, sum.channels), dim3(Math::kThreads),
                   kSharedBytes<Math, ActivationRows<Math, true>>, on, a, static_cast<const T*>(weight), second,

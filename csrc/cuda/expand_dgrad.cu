@@ -85,7 +85,7 @@ int expand_dgrad(DType dtype, const Gradient& g, const void* u, bool wide_u, con
     using Math = decltype(math);
     using T = typename Math::Storage;
     auto kernel = dgrad_kernel<Math, true>;
-    if constexpr (Math::kColumns == 64) kernel = even ? kernel : dgrad_kernel<Math, false>;
+    if constexpr (Math::kRagged) kernel = even ? kernel : dgrad_kernel<Math, false>;
     return launch(kernel, tiles<Math>(rows, a.x.channels), dim3(Math::kThreads),
                   kSharedBytes<Math, ActivationRows<Math, true>>, static_cast<cudaStream_t>(stream), g, u, wide_u, a,
                   static_cast<const T*>(wg), static_cast<const T*>(q), q_scale, c, relu, static_cast<T*>(da), int(rows));

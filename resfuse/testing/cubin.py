@@ -17,7 +17,7 @@ from .emulator import CSRC
 FLAGS = ["-O3", "--fmad=false", "-std=c++17", *(f"-I{CSRC / folder}" for folder in ("", "cuda", "cuda/device"))]
 INSTRUCTIONS = {  # of SASS
     "16 bytes": r"(?:LDG|STG|LDGSTS)\S*\.(?:128|256)\b", "copy": r"LDGSTS\b", "ldmatrix": r"LDSM\b",
-    "product": r"HMMA\b", "multiply-add": r"FFMA\b", "local": r"(?:LDL|STL)\b",
+    "product": r"HG?MMA\b", "multiply-add": r"FFMA\b", "local": r"(?:LDL|STL)\b",
 }  # fmt: skip
 BOUND = re.compile(r"^\.nv\.info\.(\w+)\n(?:[^.\n].*\n)*?.*EIATTR_MAX_THREADS\n.*\n\s*Value:\s*(0x\w+)", re.M)
 

@@ -88,6 +88,18 @@ DEVICE_FN void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t (&a)[4], uint64
                : ACC32
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kTransposeB)));
 }
+
+// lead of b's descriptor: between its two blocks of 64 columns, where it is transposed.
+template <bool kTransposeB>
+DEVICE_FN void wgmma_m64n128k16_ss(float (&d)[64], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"
+      "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,"
+      "%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, %66;"
+      : ACC32, ACC4(32), ACC4(36), ACC4(40), ACC4(44), ACC4(48), ACC4(52), ACC4(56), ACC4(60)
+      : "l"(a), "l"(b), "n"(int(kTransposeB)));
+}
 #undef ACC4
 #undef ACC32
 #undef ACC32_TEXT
@@ -115,5 +127,10 @@ DEVICE_FN void wgmma_m64n64k16_ss(float (&d)[32], uint64_t a, uint64_t b, bool a
 template <bool kTransposeB>
 DEVICE_FN void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   emu::wgmma(64, d, a, 0, b, false, kTransposeB, accumulate);
+}
+
+template <bool kTransposeB>
+DEVICE_FN void wgmma_m64n128k16_ss(float (&d)[64], uint64_t a, uint64_t b) {
+  emu::wgmma(128, d, nullptr, a, b, false, kTransposeB, true);
 }
 #endif

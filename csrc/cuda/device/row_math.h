@@ -2,7 +2,11 @@
 // multiply-adds.
 #pragma once
 
+#include <cstdlib>
+#include <cstring>
+
 #include "gradient.h"
+#include "hopper_ptx.h"
 #include "product_math.h"
 
 namespace resfuse::cuda::by_rows {
@@ -23,14 +27,15 @@ DEVICE_FN int right_offset(int row, int word) {
 }
 
 // Storage, the tile (kRows x kColumns), depth of a step, stages, threads; byOutput: the right tile has a row for each
-// column of the result, else for each place of the depth, 128 bytes of columns after the other.
+// column of the result, else for each place of the depth, 128 bytes of columns after the other. kRagged: tensors may be
+// read value by value.
 
 template <class T, int kWidth, bool byOutput, int kRing = 3>
 struct Short {
   using Storage = T;
   static constexpr int kRows = 128, kColumns = kWidth, kDepth = 64, kStages = kRing;
   static constexpr int kThreads = 256, kBlocks = kWidth == 64 ? 2 : 1;
-  static constexpr bool kByOutput = byOutput;
+  static constexpr bool kByOutput = byOutput, kRagged = kWidth == 64, kWarpgroups = false;
   static constexpr int kM = 2, kN = kColumns / 16;
   using Sums = MatrixSums<kM, kN, 4>;
 
@@ -65,11 +70,66 @@ struct Short {
   }
 };
 
+// A warpgroup's sums of 64 rows.
+template <int kColumns>
+struct WarpgroupSums {
+  static constexpr int kCount = kColumns / 2;
+  float v[kCount] = {};
+
+  DEVICE_MEMBER float at(int n) const { return v[n]; }
+  DEVICE_MEMBER float& at(int n) { return v[n]; }
+  static DEVICE_MEMBER int row(int n) { return int(threadIdx.x) / 32 * 16 + (lane() >> 2) + (n >> 1 & 1) * 8; }
+  static DEVICE_MEMBER int column(int n) { return (n >> 2) * 8 + (lane() & 3) * 2 + (n & 1); }
+};
+
+// The same tiles in the same places (their permutation is wgmma's of 128 bytes) by wgmma, which reads both in shared memory
+// and goes on while its warps prepare the next step. On sm_90a alone.
+template <int kWidth, bool byOutput>
+struct Warpgroups : Short<__nv_bfloat16, kWidth, byOutput> {
+  using Of = Short<__nv_bfloat16, kWidth, byOutput>;
+  using Sums = WarpgroupSums<kWidth>;
+  static constexpr int kBlocks = 2;
+  static constexpr bool kRagged = false, kWarpgroups = true;
+
+  static DEVICE_MEMBER void add(Sums& sums, const unsigned char* left, const unsigned char* right) {
+#if !defined(__CUDACC__) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    const uint32_t of_left = smem_address(left) + int(threadIdx.x) / 128 * 64 * kRowBytes;
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Of::kDepth / 16; ++k) {
+      const uint64_t a = wgmma_descriptor(of_left + k * 32, 8 * kRowBytes);
+      const uint64_t b = wgmma_descriptor(smem_address(right) + k * (byOutput ? 32 : 16 * kRowBytes), 8 * kRowBytes,
+                                          byOutput ? 0 : Of::kDepth * kRowBytes);
+      if constexpr (kWidth == 64)
+        wgmma_m64n64k16_ss<!byOutput>(sums.v, a, b, true);
+      else
+        wgmma_m64n128k16_ss<!byOutput>(sums.v, a, b);
+    }
+    wgmma_commit();
+#endif
+  }
+};
+
+// Whether bfloat16's are taken so: nothing has measured yet where they are the faster, and RESFUSE_WGMMA=1 asks for them.
+inline bool by_warpgroups() {
+  const char* const asked = std::getenv("RESFUSE_WGMMA");
+  if (asked == nullptr || std::strcmp(asked, "1") != 0) return false;
+#ifdef __CUDACC__
+  int device = 0, major = 0, minor = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess && major == 9 &&
+         minor == 0;
+#else
+  return true;
+#endif
+}
+
 template <bool byOutput>
 struct Wide {
   using Storage = float;
   static constexpr int kRows = 64, kColumns = 64, kDepth = 32, kStages = 3, kThreads = 128, kBlocks = 2;
-  static constexpr bool kByOutput = byOutput;
+  static constexpr bool kByOutput = byOutput, kRagged = true, kWarpgroups = false;
 };
 
 template <bool byOutput>
@@ -161,6 +221,8 @@ template <bool byOutput, class F>
 int with_math(DType dtype, int columns, bool even, bool tf32, const F& f) {
   const bool narrow = columns <= 64 || !even;
   if (dtype == DType::kFloat) return tf32 ? f(Tf32<byOutput>{}) : f(Exact<byOutput>{});
+  if (dtype == DType::kBFloat16 && even && by_warpgroups())
+    return narrow ? f(Warpgroups<64, byOutput>{}) : f(Warpgroups<128, byOutput>{});
   if (dtype == DType::kBFloat16)
     return narrow ? f(Short<__nv_bfloat16, 64, byOutput>{}) : f(Short<__nv_bfloat16, 128, byOutput>{});
   return narrow ? f(Short<__half, 64, byOutput>{}) : f(Short<__half, 128, byOutput>{});
