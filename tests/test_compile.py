@@ -244,6 +244,7 @@ def test_export_is_plain_aten(strict):
 
 
 @TRITON
+@pytest.mark.slow
 def test_a_graph_of_triton_kernels(monkeypatch):
     with triton_kernels(monkeypatch):
         block, _, compiled, recorder = pair("small-identity", backend="triton")

@@ -229,6 +229,7 @@ def test_strides_are_eagers(name):
         assert ours.stride() == theirs.stride()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", ["train", "frozen"])
 def test_gradcheck(block, mode, rows):
     block = block if mode == "train" else frozen(block)

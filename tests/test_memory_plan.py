@@ -88,7 +88,7 @@ def fused(model, memory, size=SIZE):
     return resfuse.fuse(copy.deepcopy(model), config=resfuse.FuseConfig(memory=memory), input_size=size)
 
 
-@pytest.mark.parametrize("memory", ["lean", "leanest", 0.5, 0.4])
+@pytest.mark.parametrize("memory", ["lean", *(pytest.param(m, marks=pytest.mark.slow) for m in ("leanest", 0.5)), 0.4])
 def test_the_peak_is_what_was_counted(memory):
     """And a share that was asked for is met, by the allocator's own count."""
     eager = resnet()

@@ -97,6 +97,7 @@ def check(namespace, name, variant, dtype, channels):
 
 
 @NATIVE
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name, variant", CASES)
 def test_on_the_cpu(name, variant, dtype):

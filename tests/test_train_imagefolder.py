@@ -121,6 +121,7 @@ def test_an_eager_run_goes_on_within_an_epoch(blocks, photographs, runs, tmp_pat
     assert its_rows[1]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_weights(photographs, runs, tmp_path):
     _, whole, rows = runs["fused"]
     process = started([], photographs, tmp_path, "--save-every", "1")
