@@ -103,3 +103,9 @@ def test_importing_loads_no_kernels_and_no_model_library():
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+def test_a_block_of_a_library_that_is_not_there_says_so():
+    code = "import sys, resfuse; sys.path = [p for p in sys.path if 'site-packages' not in p]; resfuse.Bottleneck"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=False)
+    assert "torchvision is not installed: pip install torchvision" in done.stderr

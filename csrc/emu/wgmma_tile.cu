@@ -12,7 +12,7 @@ template <bool kRegisterA, bool kTransposeB>
 __global__ void __launch_bounds__(128)
 wgmma_tile_kernel(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b,
                   float* __restrict__ out, int M, int N, int K) {
-#if !defined(__CUDACC__) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef HAS_WGMMA
   SHARED_DYNAMIC(unsigned char, smem);
   SHARED_ARRAY(uint64_t, full, 2);
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;

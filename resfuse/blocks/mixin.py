@@ -358,7 +358,15 @@ def export(name: str, plan: str, originals: tuple[str, ...]) -> type:
     for original in originals:
         module, _, own = original.rpartition(".")
         if own == name:
-            return fused_class(getattr(importlib.import_module(module), name), sys.modules[plan])
+            try:
+                found = importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                library = module.partition(".")[0]
+                if error.name != library:
+                    raise
+                text = f"{name} is {original}, fused, and {library} is not installed: pip install {library}"
+                raise ModuleNotFoundError(text, name=library) from None
+            return fused_class(getattr(found, name), sys.modules[plan])
     raise AttributeError(f"module {plan!r} has no attribute {name!r}")
 
 

@@ -2,6 +2,11 @@
 #pragma once
 #include "ptx.h"
 
+// Where these instructions can be compiled; the host's side of nvcc does not look into device code.
+#if !defined(__CUDACC__) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HAS_WGMMA
+#endif
+
 #ifdef __CUDACC__
 #include <cuda.h>
 

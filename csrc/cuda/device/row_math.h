@@ -92,7 +92,7 @@ struct Warpgroups : Short<__nv_bfloat16, kWidth, byOutput> {
   static constexpr bool kRagged = false, kWarpgroups = true;
 
   static DEVICE_MEMBER void add(Sums& sums, const unsigned char* left, const unsigned char* right) {
-#if !defined(__CUDACC__) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef HAS_WGMMA
     const uint32_t of_left = smem_address(left) + int(threadIdx.x) / 128 * 64 * kRowBytes;
     wgmma_fence();
 #pragma unroll
@@ -106,6 +106,16 @@ struct Warpgroups : Short<__nv_bfloat16, kWidth, byOutput> {
         wgmma_m64n128k16_ss<!byOutput>(sums.v, a, b);
     }
     wgmma_commit();
+#else
+    __trap();  // by_warpgroups() chose this, and the library was built for sm_90 without the a
+#endif
+  }
+
+  // The last step has been multiplied, and what this thread wrote is there for the next.
+  static DEVICE_MEMBER void settle() {
+#ifdef HAS_WGMMA
+    wgmma_wait<0>();
+    fence_proxy_async();
 #endif
   }
 };

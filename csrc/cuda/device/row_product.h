@@ -257,17 +257,14 @@ DEVICE_FN void add_product(typename Math::Sums& sums, unsigned char* smem, Left&
     cp_async_wait<kStages - 2>();
     unsigned char* const stage = smem + now * kBytes;
     left.prepare(stage, step * Math::kDepth);
-    if constexpr (Math::kWarpgroups) {
-      fence_proxy_async();  // what this thread wrote, for wgmma
-      wgmma_wait<0>();      // the step before has been multiplied
-    }
+    if constexpr (Math::kWarpgroups) Math::settle();
     __syncthreads();  // the tiles are whole; and everybody has left the stage that is loaded next
     load(smem + next * kBytes, step + kStages - 1);
     left.load_bits((step + 1) * Math::kDepth);
     Math::add(sums, stage, stage + Left::kBytes);
     next = now, now = now + 1 == kStages ? 0 : now + 1;
   }
-  if constexpr (Math::kWarpgroups) wgmma_wait<0>();
+  if constexpr (Math::kWarpgroups) Math::settle();
   cp_async_wait<0>();
   __syncthreads();
 }
