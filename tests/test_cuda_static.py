@@ -12,7 +12,7 @@ from resfuse.testing.emulator import CSRC
 pytestmark = pytest.mark.skipif(cubin.unavailable() is not None, reason=str(cubin.unavailable()))
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a")
-LONG = ("expand", "expand_dgrad")  # to compile; like conv_stats and conv_backward
+LONG = ("conv_backward", "expand", "expand_dgrad")  # to compile; conv_stats is like them
 PRODUCTS = ("covariance_kernel", "products_kernel", "products_u_kernel")
 BY_ROWS = ("conv_kernel", "expand_kernel", "dgrad_kernel", "conv_dgrad_kernel")
 
