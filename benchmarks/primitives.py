@@ -207,7 +207,7 @@ def measure(
         candidates |= {chosen: k for chosen, k in parts(device, dtype).items() if hasattr(k, primitive)}
         if "3x3" in name and "triton" in kernels:
             candidates["triton, own windows"] = with_windows(kernels["triton"])
-        if "3x3" not in name and primitive in BY_ROWS and "cuda" in kernels:
+        if primitive in BY_ROWS and not name.startswith("3x3") and not name.endswith("weight") and "cuda" in kernels:
             candidates["cuda, warpgroups"] = with_warpgroups(kernels["cuda"])
         for chosen, k in candidates.items():
             found = zip(_tensors(work.call(k)), exact, strict=True)
