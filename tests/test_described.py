@@ -20,7 +20,7 @@ from resfuse import functional
 from resfuse.arguments import ArgumentError
 from resfuse.blocks import _segments, preactivated
 from resfuse.blocks.described import BLOCKS
-from resfuse.blocks.mixin import FusedMixin
+from resfuse.blocks.mixin import FusedMixin, original_name
 from resfuse.kernels import measured
 
 timm = pytest.importorskip("timm")
@@ -218,6 +218,7 @@ def step(block, x):
 def test_a_described_block_is_its_eager_twin(name, training):
     eager, fused = twins(name)
     assert any(isinstance(m, FusedMixin) for m in fused.modules())
+    assert isinstance(fused, FusedMixin) or original_name(eager) not in BLOCKS, "fused as a whole"
     x = torch.randn(3, C, 9, 8, dtype=torch.float64)
     expected, found = (step(block.train(training), x) for block in (eager, fused))
     assert not any(m.resfuse_state.fallbacks for m in fused.modules() if isinstance(m, FusedMixin))

@@ -60,7 +60,8 @@ def find(block: nn.Module, described: BlockDescription) -> Found:
     """Raises AttributeError where the block has other parts."""
     steps = _row(named(block, described.row)) if described.row else []
     for part in described.parts:
-        conv, norm, *after = (named(block, name) for name in (part.conv, part.norm, *part.after))
+        conv, norm = named(block, part.conv), named(block, part.norm)
+        after = [named(block, name, absent=True) for name in part.after]
         if not does_nothing(conv):
             steps.append(_segments.step(conv, norm, *[CALLED][: part.relu], *after))
         elif not all(map(does_nothing, (norm, *after))):
@@ -111,15 +112,15 @@ def _shortcut(block: nn.Module, described: BlockDescription) -> Beside | nn.Modu
     return module
 
 
-def named(block: nn.Module, name: str) -> nn.Module | None:
+def named(block: nn.Module, name: str, absent: bool = False) -> nn.Module | None:
     """A module inside a block by its dotted name; None where there is none, or an identity where it would be inside.
-    AttributeError for what is no module, and where something else is in its place."""
+    AttributeError for what is no module, and, unless it may be absent from where it belongs, for what is not there."""
     inside, *rest = name.split(".")
     module = _child(block, inside)
     for part in rest:
         if module is None or type(module) is nn.Identity:
             return None
-        if part not in module._modules and not hasattr(module, part):
+        if not absent and part not in module._modules and not hasattr(module, part):
             raise AttributeError(f"{inside} is a {type(module).__name__}, without {part}")
         module, inside = _child(module, part), f"{inside}.{part}"
     if module is not None and not isinstance(module, nn.Module):
@@ -174,7 +175,7 @@ def watched(block: nn.Module) -> list[nn.Module]:
     names = [name for part in described.parts for name in (part.conv, part.norm, *part.after)]
     names += [*described.attention, described.drop_path, described.shortcut, described.activation]
     found = [module for _, module in _containers(block, described)]
-    found += [named(block, name) for name in names if name is not None]
+    found += [named(block, name, absent=True) for name in names if name is not None]
     found += [child for module in found if module is not None for child in module._modules.values()]
     if described.row:  # in which BatchNorms may have activations inside
         found += [inner for m in _segments.flattened(named(block, described.row)) for inner in m._modules.values()]
