@@ -10,6 +10,7 @@ from torchvision.models import densenet
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d
 
 import resfuse
 from resfuse import blocks
@@ -17,9 +18,9 @@ from resfuse.blocks import modules
 from resfuse.blocks.mixin import FusedMixin
 
 
-def resnet(block=BasicBlock):
+def resnet(block=BasicBlock, **settings):
     torch.manual_seed(0)
-    return ResNet(block, [2, 1, 1, 1], num_classes=10)
+    return ResNet(block, [2, 1, 1, 1], num_classes=10, **settings)
 
 
 def small_densenet(**settings):
@@ -185,6 +186,30 @@ def test_layers_taken_out_of_a_fused_network_stay_fused():
     getter = IntermediateLayerGetter(model, {"layer2": "out"})
     assert torch.allclose(getter(x)["out"], seen["out"], atol=1e-5)
     assert isinstance(getter["layer2"][0], FusedMixin)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch norms", "frozen"])
+def test_a_backbone_around_a_network_has_its_stem_fused(frozen):
+    """As segmentation and detection have it: the layers' outputs by names of their own."""
+    norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
+    getter = IntermediateLayerGetter(resnet(Bottleneck, norm_layer=norm).double(), {"layer1": "low", "layer3": "out"})
+    twin = resfuse.fuse(copy.deepcopy(getter))
+    assert resfuse.explain(getter).coverage == 1
+    found = []
+    for model in (getter, twin):
+        torch.manual_seed(0)
+        out = model(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+        assert list(out) == ["low", "out"]
+        sum(t.sin().sum() for t in out.values()).backward()
+        found.append([*out.values(), *(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-8)
+    assert not any(m.resfuse_state.fallbacks for m in twin.modules() if isinstance(m, FusedMixin))
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    twin.return_layers["relu"] = "early"
+    assert list(twin(x)) == ["early", "low", "out"]
+    twin.return_layers = {"relu": "early", "layer1": "low"}
+    assert list(twin(x)) == ["early", "low"]
+    assert list(twin.resfuse_state.fallbacks) == ["argument", "returned"]
 
 
 def hook(module):

@@ -29,6 +29,7 @@ from . import (
     described,
     dla_root,
     features,
+    layer_getter,
     preactivated,
     residual_block,
     resnet,
@@ -41,8 +42,8 @@ from .mixin import FusedMixin, qualified_name
 PLANS: dict[str, ModuleType] = {
     original: plan
     for plan in (
-        bn_relu, bottle2neck, chain, conv_bn_relu, described, dla_root, features, preactivated, residual_block, resnet,
-        sequential, stem,
+        bn_relu, bottle2neck, chain, conv_bn_relu, described, dla_root, features, layer_getter, preactivated,
+        residual_block, resnet, sequential, stem,
     )
     for original in plan.ORIGINALS
 }

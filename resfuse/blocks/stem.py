@@ -19,6 +19,11 @@ def refusal(model: nn.Module) -> Reason | None:
     """Why the model, as it is now, must run its original forward."""
     if "_forward_impl" in model.__dict__:
         return Reason("own_forward", "the model has a _forward_impl of its own")
+    return stem_refusal(model)
+
+
+def stem_refusal(model: nn.Module) -> Reason | None:
+    """Why what follows the first convolution is more, or less, than the forwards of its classes."""
     return (
         norm_refusal("bn1", model.bn1)
         or plain_refusal("relu", model.relu, nn.ReLU)
