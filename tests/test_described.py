@@ -12,7 +12,12 @@ from torchvision.models import efficientnet as mbconv
 from torchvision.models import mnasnet, mobilenetv2, mobilenetv3
 from torchvision.models.googlenet import BasicConv2d as googlenet_unit
 from torchvision.models.inception import BasicConv2d as inception_unit
+from torchvision.models.quantization.googlenet import QuantizableBasicConv2d as quantizable_googlenet
+from torchvision.models.quantization.inception import QuantizableBasicConv2d as quantizable_inception
+from torchvision.models.quantization.resnet import QuantizableBasicBlock, QuantizableBottleneck
 from torchvision.models.regnet import ResBottleneckBlock, SimpleStemIN
+from torchvision.models.segmentation.deeplabv3 import ASPPConv, DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops.misc import Conv2dNormActivation
 
 import resfuse
@@ -119,6 +124,13 @@ BUILDERS = {
     "hgnet": lambda: hgnet.ConvBNAct(C, 8, 3, use_lab=True),
     "googlenet": lambda: googlenet_unit(C, 8, kernel_size=3),
     "inception": lambda: inception_unit(C, 8, kernel_size=1),
+    "quantizable googlenet": lambda: quantizable_googlenet(C, 8, kernel_size=3),
+    "quantizable inception": lambda: quantizable_inception(C, 8, kernel_size=1),
+    "quantizable basic": lambda: QuantizableBasicBlock(C, 24, 2, down(24, 2)),
+    "quantizable bottleneck": lambda: QuantizableBottleneck(C, 4),
+    "segmentation, dilated": lambda: ASPPConv(C, 8, 2),
+    "segmentation, FCN": lambda: FCNHead(C, 5),
+    "segmentation, DeepLab": lambda: DeepLabHead(C, 5, (2, 4)),
     "byob basic": lambda: byobnet.BasicBlock(C, C, drop_path_rate=0.5),
     "byob bottleneck": lambda: byobnet.BottleneckBlock(
         C, 24, stride=2, bottle_ratio=0.5, group_size=4, downsample="conv1x1", extra_conv=True
@@ -272,6 +284,17 @@ def test_every_description_has_a_block_here():
     built = {f"{type(b).__module__}.{type(b).__qualname__}" for b in (builder() for builder in BUILDERS.values())}
     described = {name for name in BLOCKS if name.startswith(("timm", "torchvision"))}
     assert {*described, *(name for name in preactivated.ORIGINALS if name.startswith("timm"))} <= built
+
+
+def test_an_observed_sum_is_left_to_its_module():
+    """As a quantization that is being prepared has it."""
+    block, x = resfuse.fuse(QuantizableBottleneck(C, 4)).eval(), torch.randn(2, C, 5, 5)
+    expected, seen = block(x), []
+    assert not block.resfuse_state.fallbacks
+    block.skip_add_relu.activation_post_process = observer = nn.Identity()
+    observer.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(block(x), expected)
+    assert list(block.resfuse_state.fallbacks) == ["children"] and seen == [1]
 
 
 def test_a_dropped_path_draws_what_timm_draws():

@@ -37,7 +37,8 @@ FUSED = {  # what the kernels have, besides ReLU
 }  # fmt: skip
 CONTAINERS = (
     "torch.nn.modules.container.Sequential", "torchvision.ops.misc.Conv2dNormActivation",
-    "torchvision.models.regnet.SimpleStemIN",
+    "torchvision.models.regnet.SimpleStemIN", "torchvision.models.segmentation.fcn.FCNHead",
+    "torchvision.models.segmentation.deeplabv3.ASPPConv", "torchvision.models.segmentation.deeplabv3.DeepLabHead",
 )  # fmt: skip
 
 

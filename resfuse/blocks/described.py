@@ -21,7 +21,17 @@ from ._drop_path import drops_rows, row_scale
 from ._pool import average_window, is_plain_average
 from ._segments import Segment, Step, does_nothing
 from .descriptions import BLOCKS, BlockDescription
-from .mixin import CALLS_NORM, SOME, FusedMixin, calls_norm, norm_kind, original_name, plain_refusal, wrapped
+from .mixin import (
+    CALLS_NORM,
+    SOME,
+    FusedMixin,
+    calls_norm,
+    norm_kind,
+    original_name,
+    plain_refusal,
+    qualified_name,
+    wrapped,
+)
 
 LISTS = False
 OWNS = SOME
@@ -35,6 +45,8 @@ WRAPPERS = frozenset((
     "transformers.models.regnet.modeling_regnet.RegNetConvLayer",
     "transformers.models.regnet.modeling_regnet.RegNetShortCut", ".".join(CALLS_NORM),
 ))  # fmt: skip
+FLOAT_FUNCTIONAL = "torch.ao.nn.quantized.modules.functional_modules.FloatFunctional"
+OBSERVER = "activation_post_process"
 CALLED = nn.ReLU()  # stands for the one that a forward calls as a function
 
 
@@ -68,6 +80,8 @@ def find(block: nn.Module, described: BlockDescription) -> Found:
             raise AttributeError(f"{part.conv} is left out, but not what follows it")
     drop_path = described.drop_path and named(block, described.drop_path)
     activation = CALLED if described.relu else described.activation and named(block, described.activation)
+    if described.adds is not None:
+        activation = _adds(block, described.adds)
     return Found(
         tuple(steps),
         tuple(m for m in (named(block, n) for n in described.attention) if not does_nothing(m)),
@@ -75,6 +89,14 @@ def find(block: nn.Module, described: BlockDescription) -> Found:
         _shortcut(block, described),
         None if does_nothing(activation) else activation,
     )
+
+
+def _adds(block: nn.Module, name: str) -> nn.ReLU:
+    """What a FloatFunctional does after its sum, if it does not observe that for a quantization."""
+    module = named(block, name)
+    if qualified_name(type(module)) != FLOAT_FUNCTIONAL or not does_nothing(named(block, f"{name}.{OBSERVER}")):
+        raise AttributeError(f"{name} is a {type(module).__name__} that does more than add and ReLU")
+    return CALLED
 
 
 def _row(container: nn.Module) -> list[Step]:
@@ -174,6 +196,7 @@ def watched(block: nn.Module) -> list[nn.Module]:
     described = BLOCKS[original_name(block)]
     names = [name for part in described.parts for name in (part.conv, part.norm, *part.after)]
     names += [*described.attention, described.drop_path, described.shortcut, described.activation]
+    names += [described.adds, f"{described.adds}.{OBSERVER}"] if described.adds else []
     found = [module for _, module in _containers(block, described)]
     found += [named(block, name, absent=True) for name in names if name is not None]
     found += [child for module in found if module is not None for child in module._modules.values()]

@@ -35,6 +35,7 @@ class BlockDescription(NamedTuple):
     activation: str | None = None
     row: str | None = None
     relu: bool = False
+    adds: str | None = None
 
 
 def wrapper(name: str, then: tuple[str, ...] = ()) -> Part:
@@ -176,6 +177,15 @@ BLOCKS = {
     "detectron2.modeling.backbone.resnet.BottleneckBlock": detectron(3),
     "torchvision.models.googlenet.BasicConv2d": unit("conv", relu=True),
     "torchvision.models.inception.BasicConv2d": unit("conv", relu=True),
+    "torchvision.models.quantization.googlenet.QuantizableBasicConv2d": unit("conv", "bn", "relu"),
+    "torchvision.models.quantization.inception.QuantizableBasicConv2d": unit("conv", "bn", "relu"),
+    "torchvision.models.quantization.resnet.QuantizableBasicBlock": BlockDescription(
+        (Part("conv1", "bn1", ("relu",)), Part("conv2", "bn2")), shortcut="downsample", adds="add_relu"
+    ),
+    "torchvision.models.quantization.resnet.QuantizableBottleneck": BlockDescription(
+        (Part("conv1", "bn1", ("relu1",)), Part("conv2", "bn2", ("relu2",)), Part("conv3", "bn3")),
+        shortcut="downsample", adds="skip_add_relu",
+    ),
     "torchvision.models.mobilenetv2.InvertedResidual": BlockDescription(row="conv", skips="use_res_connect"),
     "torchvision.models.mobilenetv3.InvertedResidual": BlockDescription(row="block", skips="use_res_connect"),
     "torchvision.models.efficientnet.MBConv": BlockDescription(
