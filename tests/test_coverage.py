@@ -39,7 +39,7 @@ def test_models_are_run_once_beside_their_twins(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(agree, "LARGEST", 1e6)
     assert agree.show("torchvision", ["mnasnet0_5", "mobilenet_v3_small"], path, Console(width=100))
     assert agree.load(path)[0] == row, "it is not run again"
-    assert "2 models: 1 agree, 1 too large to run, 0 do not agree" in capsys.readouterr().out
+    assert "2 models: 1 agree, 0 have nothing to fuse, 1 too large to run, 0 do not agree" in capsys.readouterr().out
 
 
 def test_a_model_that_differs_is_named(tmp_path, capsys, monkeypatch):
@@ -47,6 +47,24 @@ def test_a_model_that_differs_is_named(tmp_path, capsys, monkeypatch):
     path = tmp_path / "agree.json"
     assert not agree.show("torchvision", ["mnasnet0_5"], path, Console(width=100))
     assert "mnasnet0_5: {" in capsys.readouterr().out
+
+
+def test_what_has_nothing_to_fuse_is_not_run():
+    model, size = coverage.build("torchvision", "vgg11_bn")
+    for module in model.features:
+        module.register_forward_hook(lambda *_: None)
+    row = agree.row("torchvision", "vgg11_bn", model, size)
+    assert row.reason == agree.NOTHING and row.agreement is None and not row.agrees
+
+
+def test_a_detection_model_agrees_in_its_losses(tmp_path, capsys):
+    """Its forward takes what it shall find; the share is of its backbone, which sees all of the image."""
+    path = tmp_path / "agree.json"
+    assert agree.show("torchvision", ["fasterrcnn_mobilenet_v3_large_320_fpn"], path, Console(width=100))
+    (row,) = agree.load(path)
+    assert row.family == "detection.faster_rcnn" and row.agreement["gradients"] > 0
+    model, size = coverage.build("torchvision", row.model)
+    assert 0.5 < coverage.row(row.model, model, size).coverage < 1, "the pyramid has no BatchNorm"
 
 
 @pytest.mark.slow

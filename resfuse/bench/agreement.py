@@ -41,19 +41,21 @@ class Agreement:
         return evaluated and self.trained < TOLERANCE and not self.fallbacks
 
 
-def agreement(model: nn.Module, size: tuple[int, ...]) -> Agreement:
-    """Of the model, which is changed, on random images of that size: an evaluation, then a training step."""
+def agreement(model: nn.Module, size: tuple[int, ...], *others) -> Agreement:
+    """Of the model, which is changed, on random images of that size: an evaluation, then a training step. others: what
+    its forward takes besides."""
     torch.manual_seed(0)
     twin, x = copy.deepcopy(model.double()), torch.randn(size, dtype=torch.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         convert.fuse(twin)
     with torch.no_grad():
-        theirs, ours = (_tensors(_seeded(each.eval(), x)) for each in (model, twin))
+        theirs, ours = (_tensors(_seeded(each.eval(), x, *others)) for each in (model, twin))
         evaluation, moved = _difference(theirs, ours), 0.0
         if evaluation >= TOLERANCE:
-            moved = _difference(theirs, _tensors(_seeded(model, x.nextafter(torch.full_like(x, torch.inf)))))
-    theirs, ours = (_tensors(_seeded(each.train(), x)) for each in (model, twin))
+            next_to_x = x.nextafter(torch.full_like(x, torch.inf))
+            moved = _difference(theirs, _tensors(_seeded(model, next_to_x, *others)))
+    theirs, ours = (_tensors(_seeded(each.train(), x, *others)) for each in (model, twin))
     for found in (theirs, ours):
         sum(t.sin().sum() for t in found).backward()
     fallbacks = {c for m in twin.modules() if isinstance(m, FusedMixin) for c in m.resfuse_state.fallbacks}
@@ -67,9 +69,9 @@ def agreement(model: nn.Module, size: tuple[int, ...]) -> Agreement:
     )
 
 
-def _seeded(model: nn.Module, x: Tensor):
+def _seeded(model: nn.Module, *inputs):
     torch.manual_seed(SEED)
-    return model(x)
+    return model(*inputs)
 
 
 def _tensors(found) -> list[Tensor]:

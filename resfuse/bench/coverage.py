@@ -5,6 +5,7 @@ A model counts if it is a convolutional network with BatchNorm: half as many Bat
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import warnings
@@ -32,8 +33,9 @@ ENOUGH = 0.9  # of a model's convolution multiply-adds
 
 @dataclass(frozen=True)
 class Row:
-    """coverage: share of convolution multiply-adds inside fused blocks at the model's own input size, None where a
-    forward on the meta device is not possible; others: classes that hold the other convolutions, and how many."""
+    """coverage: share of convolution multiply-adds inside fused blocks at the model's own input size, of a detection
+    model's backbone, since its heads' depend on what it sees, None where a forward on the meta device is not possible;
+    others: classes that hold the other convolutions, and how many."""
 
     model: str
     family: str
@@ -50,7 +52,7 @@ def names(library: str) -> list[str]:
         return timm.list_models()
     import torchvision
 
-    return torchvision.models.list_models(module=torchvision.models)
+    return torchvision.models.list_models()
 
 
 def build(library: str, name: str, meta: bool = True) -> tuple[nn.Module, tuple[int, ...]]:
@@ -85,9 +87,13 @@ def _built(library: str, name: str) -> tuple[nn.Module, tuple[int, ...]]:
         return model, (1, *model.default_cfg["input_size"])
     import torchvision
 
-    inputs = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    side = 299 if name == "inception_v3" else 224
-    return torchvision.models.get_model(name, **inputs), (1, 3, side, side)
+    builder = torchvision.models.get_model_builder(name)
+    inputs, side = {}, 299 if name.endswith("inception_v3") else 224
+    if name.endswith(("googlenet", "inception_v3")):
+        inputs = {"init_weights": False}
+    elif "weights_backbone" in inspect.signature(builder).parameters:  # which are downloaded if nothing is said
+        inputs = {"weights_backbone": None}
+    return builder(**inputs), (1, 3, side, side)
 
 
 def counts(model: nn.Module) -> bool:
@@ -115,11 +121,17 @@ def row(name: str, model: nn.Module, size: tuple[int, ...]) -> Row:
     modules = dict(model.named_modules())
     owners = (fqn.rpartition(".")[0] if code == "no_plan" else fqn for fqn, code, _ in found.skipped)
     others = Counter(type(modules[fqn]).__name__ for fqn in owners)
-    return Row(name, family(model), found.coverage, len(found.fused), list(size), dict(others.most_common(4)))
+    counted = convert.explain(model.backbone, input_size=size) if detects(model) else found
+    return Row(name, family(model), counted.coverage, len(found.fused), list(size), dict(others.most_common(4)))
 
 
 def family(model: nn.Module) -> str:
-    return type(model).__module__.rpartition(".")[2]
+    """The library's module: resnet, or segmentation.fcn."""
+    return type(model).__module__.partition(".models.")[2]
+
+
+def detects(model: nn.Module) -> bool:
+    return family(model).startswith("detection.")
 
 
 def show(library: str, chosen: Sequence[str], out: Path | None, console: Console) -> None:
