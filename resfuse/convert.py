@@ -264,10 +264,10 @@ def _survey(
             else:
                 yield fqn, module, refused
             # What a block that runs its original forward calls may have a fused form of its own.
-            inside = set() if refused else {id(inner) for inner in owned(plan, module)}
+            if refused is None:
+                seen.update(id(inner) for inner in owned(plan, module))
             for name, child in module.named_children():
-                if id(child) not in inside:
-                    yield from visit(child, f"{fqn}.{name}" if fqn else name, module, refused is not None)
+                yield from visit(child, f"{fqn}.{name}" if fqn else name, module, refused is not None)
         elif isinstance(module, nn.modules.conv._ConvNd):
             if quiet:  # its block's reason is there
                 return

@@ -14,7 +14,7 @@ from ..kernels.interface import Reason
 from . import _segments
 from ._pool import pool_refusal, window
 from ._segments import Step
-from .mixin import SOME, norm_refusal, original_name, plain_refusal, read_norm
+from .mixin import SOME, norm_refusal, original_class, original_name, plain_refusal, read_norm
 
 LISTS = False
 OWNS = SOME
@@ -93,7 +93,8 @@ def owned(model: nn.Module) -> list[nn.Module]:
         described = BLOCKS[original_name(model)]
         conv, pool = getattr(model, described.stem[0]), getattr(model, described.pool)
         inside += [getattr(model, described.stem[1]), getattr(model, described.act)]
-        inside += [conv] if type(conv) is nn.Conv2d else []
+        conv = next(reversed(conv._modules.values())) if original_class(type(conv)) is nn.Sequential else conv
+        inside += [conv] if type(conv) is nn.Conv2d else []  # it is called, and its BatchNorm is the stem's
         inside += [pool] if type(pool) is nn.MaxPool2d else []
     return inside
 
