@@ -3,6 +3,7 @@
 import copy
 import types
 from collections import OrderedDict
+from functools import partial
 
 import pytest
 import torch
@@ -37,10 +38,15 @@ from timm.models import (  # noqa: E402
     densenet,
     dla,
     dpn,
+    efficientformer,
     efficientformer_v2,
+    efficientvit_mit,
     efficientvit_msra,
     hgnet,
     levit,
+    nasnet,
+    nextvit,
+    pnasnet,
     regnet,
     repvit,
     res2net,
@@ -50,6 +56,7 @@ from timm.models import (  # noqa: E402
     senet,
     shvit,
     sknet,
+    starnet,
     tiny_vit,
     tresnet,
     xception_aligned,
@@ -131,6 +138,23 @@ BUILDERS = {
     "segmentation, dilated": lambda: ASPPConv(C, 8, 2),
     "segmentation, FCN": lambda: FCNHead(C, 5),
     "segmentation, DeepLab": lambda: DeepLabHead(C, 5, (2, 4)),
+    "efficientformer down": lambda: efficientformer.Downsample(C, 8),
+    "efficientformer stem": lambda: efficientformer.Stem4(C, 8),
+    "efficientformer mlp": lambda: efficientformer.ConvMlpWithNorm(C, 8, drop=0.3),
+    "efficientvit of MIT": lambda: efficientvit_mit.ConvNormAct(C, 8, dropout=0.3),
+    "starnet": lambda: starnet.ConvBN(C, 8),
+    "nextvit": lambda: nextvit.ConvNormAct(C, 8, 3, 2),
+    "nextvit convolution in attention": lambda: nextvit.ConvAttention(C, 8),
+    "nextvit patches": lambda: nextvit.PatchEmbed(C, 8, 2),
+    "nasnet": lambda: nasnet.ActConvBn(C, 8, 1),
+    "pnasnet": lambda: pnasnet.ActConvBn(C, 8, 1),
+    "pointwise after depthwise": lambda: layers.SeparableConvNormAct(C, 8, 3, 2, padding=1),
+    "pointwise after depthwise, linear": lambda: layers.SeparableConvNormAct(C, C, 3, padding=1, apply_act=False),
+    "split attention": lambda: layers.SplitAttn(C, 8, norm_layer=nn.BatchNorm2d),
+    "split attention of one": lambda: layers.SplitAttn(C, 8, radix=1, groups=2, norm_layer=nn.BatchNorm2d),
+    "split attention, dropped": lambda: layers.SplitAttn(
+        C, 8, 3, 2, radix=4, norm_layer=nn.BatchNorm2d, drop_layer=partial(nn.Dropout, 0.3), act_layer=nn.SiLU
+    ),
     "byob basic": lambda: byobnet.BasicBlock(C, C, drop_path_rate=0.5),
     "byob bottleneck": lambda: byobnet.BottleneckBlock(
         C, 24, stride=2, bottle_ratio=0.5, group_size=4, downsample="conv1x1", extra_conv=True
@@ -284,6 +308,12 @@ def test_every_description_has_a_block_here():
     built = {f"{type(b).__module__}.{type(b).__qualname__}" for b in (builder() for builder in BUILDERS.values())}
     described = {name for name in BLOCKS if name.startswith(("timm", "torchvision"))}
     assert {*described, *(name for name in preactivated.ORIGINALS if name.startswith("timm"))} <= built
+
+
+def test_the_last_convolution_of_a_deep_stem_counts_as_a_plain_one_does():
+    """Both are called, before a BatchNorm, ReLU and pool in one."""
+    for name in ("resnet", "resnet, deep stem"):
+        assert resfuse.explain(BUILDERS[name](), input_size=(1, C, 64, 64)).coverage == 1
 
 
 def test_an_observed_sum_is_left_to_its_module():

@@ -39,6 +39,7 @@ CONTAINERS = (
     "torch.nn.modules.container.Sequential", "torchvision.ops.misc.Conv2dNormActivation",
     "torchvision.models.regnet.SimpleStemIN", "torchvision.models.segmentation.fcn.FCNHead",
     "torchvision.models.segmentation.deeplabv3.ASPPConv", "torchvision.models.segmentation.deeplabv3.DeepLabHead",
+    "timm.models.efficientformer.Stem4", "timm.models.starnet.ConvBN",
 )  # fmt: skip
 
 

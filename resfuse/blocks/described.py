@@ -1,6 +1,6 @@
 """Blocks of other libraries, each described by the names of its parts: what that means.
 
-    y = x;  for each convolution: y = its modules(act(bn(conv(y))))
+    y = before(x);  for each convolution: y = its modules(act(bn(conv(y))))
     out = activation(drop_path(attention(y)) + shortcut(x))
 
 What the chain fuser cannot take into one Function (`_segments.py`) is called as a module between two chains. The table
@@ -51,9 +51,10 @@ CALLED = nn.ReLU()  # stands for the one that a forward calls as a function
 
 
 class Found(NamedTuple):
-    """A block as it is: its steps, the modules on the last one's output, what is added, and what comes last. shortcut:
-    a `Beside`, a module to call, None for x, or "none"."""
+    """A block as it is: the modules before its first step, its steps, the modules on the last one's output, what is
+    added, and what comes last. shortcut: a `Beside`, a module to call, None for x, or "none"."""
 
+    before: tuple[nn.Module, ...]
     steps: tuple[Step, ...]
     attention: tuple[nn.Module, ...]
     drop_path: nn.Module | None
@@ -82,9 +83,14 @@ def find(block: nn.Module, described: BlockDescription) -> Found:
     activation = CALLED if described.relu else described.activation and named(block, described.activation)
     if described.adds is not None:
         activation = _adds(block, described.adds)
+    before, attention = (
+        tuple(m for m in (named(block, n) for n in names) if not does_nothing(m))
+        for names in (described.before, described.attention)
+    )
     return Found(
+        before,
         tuple(steps),
-        tuple(m for m in (named(block, n) for n in described.attention) if not does_nothing(m)),
+        attention,
         None if does_nothing(drop_path) else drop_path,
         _shortcut(block, described),
         None if does_nothing(activation) else activation,
@@ -208,11 +214,13 @@ def watched(block: nn.Module) -> list[nn.Module]:
 def run(block: nn.Module, x: Tensor, backend: str, given: Tensor | None = None, *_) -> Tensor:
     """given: what is added in the place of x, in blocks with an identity for their shortcut."""
     found = find(block, BLOCKS[original_name(block)])
-    steps, attention, drop_path, shortcut, activation = found
+    before, steps, attention, drop_path, shortcut, activation = found
     _segments.check_proven(steps, x, backend)
-    shortcut = shortcut if given is None else given
-    *before, last = _segments.segments(steps)
-    y = _segments.run(before, x, block)
+    shortcut, y = shortcut if given is None else given, x
+    for module in before:
+        y = module(y)
+    *chains, last = _segments.segments(steps)
+    y = _segments.run(chains, y, block)
     if isinstance(shortcut, str) or not _fits(found, last):
         y = _segments.run([last], y, block)
         for module in attention:
@@ -221,7 +229,7 @@ def run(block: nn.Module, x: Tensor, backend: str, given: Tensor | None = None, 
             y = (y if drop_path is None else drop_path(y)) + _tensor(shortcut, x, block)
         return y if activation is None else activation(y)
     convs, relu = _segments.convs(last), type(activation) is nn.ReLU
-    beside = _argument(shortcut, x) if len(before) == 0 else _tensor(shortcut, x, block)
+    beside = _argument(shortcut, x) if len(before) + len(chains) == 0 else _tensor(shortcut, x, block)
     rows = None if drop_path is None else row_scale(drop_path, x, convs[-1].weight)
 
     def fused() -> Tensor:
@@ -250,7 +258,7 @@ def as_block(block: nn.Module, x: Tensor) -> Block | Reason:
     *before, last = _segments.segments(found.steps)
     if isinstance(found.shortcut, str):
         return Reason("no_shortcut", "it has no shortcut")
-    called = len(before) > 0 or not _fits(found, last) or _segments.pads_same(last.pairs[0][0])
+    called = len(before) + len(found.before) > 0 or not _fits(found, last) or _segments.pads_same(last.pairs[0][0])
     if called or not (found.shortcut is None or isinstance(found.shortcut, Beside)):
         return Reason("called", "it calls modules of its own")
     if type(found.activation) not in (nn.ReLU, type(None)):
@@ -268,7 +276,8 @@ def forms(block: nn.Module) -> str:
     found = find(block, BLOCKS[original_name(block)])
     parts = _segments.segments(found.steps)
     texts = [f"{len(part.pairs)} convolution{'s'[: len(part.pairs) > 1]}" for part in parts]
-    called = [type(m).__name__ for part in parts for m in part.then] + [type(m).__name__ for m in found.attention]
+    modules = (*found.before, *(m for part in parts for m in part.then), *found.attention)
+    called = [type(m).__name__ for m in modules]
     return " + ".join(texts) + (f"; called: {', '.join(dict.fromkeys(called))}" if called else "")
 
 

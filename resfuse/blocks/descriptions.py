@@ -19,6 +19,7 @@ class Part(NamedTuple):
 class BlockDescription(NamedTuple):
     """A block by the names of its parts, whose forward is what the docstring of `described.py` says.
 
+    before: modules called on x before the first convolution, in order.
     row: in the place of parts, a Sequential of them, in which others may lie, and what is called between them.
     attention: modules on the last BatchNorm's output. shortcut: None where there is none; else a module on x, an
     identity where that is None or its name is "" (or, with none_adds_nothing, nothing). skips: an attribute that says
@@ -36,6 +37,7 @@ class BlockDescription(NamedTuple):
     row: str | None = None
     relu: bool = False
     adds: str | None = None
+    before: tuple[str, ...] = ()
 
 
 def wrapper(name: str, then: tuple[str, ...] = ()) -> Part:
@@ -43,9 +45,9 @@ def wrapper(name: str, then: tuple[str, ...] = ()) -> Part:
     return Part(f"{name}.conv", f"{name}.bn", (f"{name}.aa", *then))
 
 
-def unit(conv: str, norm: str = "bn", *after: str, **others) -> BlockDescription:
+def unit(conv: str, norm: str = "bn", *after: str, before: tuple[str, ...] = (), relu=False) -> BlockDescription:
     """A module around one convolution."""
-    return BlockDescription((Part(conv, norm, after, **others),))
+    return BlockDescription((Part(conv, norm, after, relu),), before=before)
 
 
 def byob(*parts: Part) -> BlockDescription:
@@ -119,6 +121,17 @@ BLOCKS = {
     "timm.models.efficientformer_v2.ConvNorm": unit("conv"),
     "timm.models.repvit.ConvNorm": unit("c"),
     "timm.models.shvit.Conv2dNorm": unit("c"),
+    "timm.models.efficientformer.Downsample": unit("conv", "norm"),
+    "timm.models.efficientformer.ConvMlpWithNorm": BlockDescription(
+        (Part("fc1", "norm1", ("act", "drop")), Part("fc2", "norm2", ("drop",)))
+    ),
+    "timm.models.efficientvit_mit.ConvNormAct": unit("conv", "norm", "act", before=("dropout",)),
+    "timm.models.nextvit.ConvNormAct": unit("conv", "norm", "act"),
+    "timm.models.nextvit.ConvAttention": unit("group_conv3x3", "norm", "act", "projection"),
+    "timm.models.nextvit.PatchEmbed": unit("conv", "norm", before=("pool",)),
+    "timm.models.nasnet.ActConvBn": unit("conv", before=("act",)),
+    "timm.models.pnasnet.ActConvBn": unit("conv", before=("act",)),
+    "timm.layers.separable_conv.SeparableConvNormAct": unit("conv_pw", before=("conv_dw",)),
     "timm.models.hgnet.ConvBNAct": unit("conv", "bn", "act", "lab"),
     "timm.models.byobnet.BasicBlock": byob(wrapper("conv1_kxk", then=("attn",)), wrapper("conv2_kxk")),
     "timm.models.byobnet.BottleneckBlock": byob(

@@ -34,6 +34,7 @@ from . import (
     residual_block,
     resnet,
     sequential,
+    split_attention,
     stem,
 )  # fmt: skip
 from .descriptions import BlockDescription, Part
@@ -43,7 +44,7 @@ PLANS: dict[str, ModuleType] = {
     original: plan
     for plan in (
         bn_relu, bottle2neck, chain, conv_bn_relu, described, dla_root, features, layer_getter, preactivated,
-        residual_block, resnet, sequential, stem,
+        residual_block, resnet, sequential, split_attention, stem,
     )
     for original in plan.ORIGINALS
 }
