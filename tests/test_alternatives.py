@@ -2,10 +2,14 @@
 
 import copy
 import json
+import sys
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from benchmarks import peers
 from resfuse.bench import alternatives
@@ -68,13 +72,49 @@ def test_what_is_not_here_says_why(monkeypatch):
     assert {name for name, reason in reasons.items() if reason is None} >= {"eager", "resfuse", "conv-BN recomputed"}
     assert reasons["torch.compile max-autotune"].code == "gpu_only"
     monkeypatch.setattr(alternatives.importlib.util, "find_spec", lambda name: None)
-    for name in ("cuDNN frontend", "inplace_abn", "apex groupbn"):
+    for name in ("inplace_abn", "cuDNN frontend", "apex groupbn"):
         (other,) = (a for a in ALTERNATIVES if a.name == name)
         assert other.absent(CPU, mode).code == "package_missing"
     monkeypatch.setattr(alternatives.importlib.util, "find_spec", lambda name: object())
     assert other.absent(CPU, mode).code == "not_wired"
     with pytest.raises(NotImplementedError):
         other.implementation.prepare(nn.ReLU())
+
+
+class Leaky(nn.BatchNorm2d):
+    """In the place of inplace_abn's: what it computes."""
+
+    def __init__(self, channels, eps, momentum, activation):
+        super().__init__(channels, eps, momentum)
+        assert activation == "leaky_relu"
+
+    def forward(self, x):
+        return F.leaky_relu(super().forward(x), 0.01)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_in_place_normalization_is_another_model_of_the_same_parts(block, monkeypatch):
+    monkeypatch.setitem(sys.modules, "inplace_abn", types.SimpleNamespace(InPlaceABN=Leaky))
+    model, x = ResNet(block, [1, 1, 1, 1], num_classes=5), torch.randn(2, 3, 32, 32)
+    nn.init.normal_(model.bn1.bias)
+    other = alternatives.in_place_abn(copy.deepcopy(model))
+    leaky = [name for name, module in other.named_modules() if type(module) is Leaky]
+    inner = ("bn1", "bn2") if block is Bottleneck else ("bn1",)
+    assert leaky == ["bn1", *(f"layer{i}.0.{name}" for i in range(1, 5) for name in inner)]
+    assert other.state_dict().keys() == model.state_dict().keys() and torch.equal(other.bn1.bias, model.bn1.bias)
+    monkeypatch.setattr(F, "leaky_relu", lambda x, _: F.relu(x))
+    torch.testing.assert_close(results(other, x), results(model, x))
+    with pytest.raises(NotImplementedError, match="torchvision"):
+        alternatives.in_place_abn(nn.ReLU())
+
+
+def test_in_place_normalization_says_which_dtypes_it_lacks(monkeypatch):
+    monkeypatch.setattr(alternatives.importlib.util, "find_spec", lambda name: object())
+    (other,) = (a for a in ALTERNATIVES if a.name == "inplace_abn")
+    assert other.absent(CPU, MODES["float32"]) is None
+    assert other.absent(torch.device("cuda"), MODES["autocast-float16"]) is None
+    for device, mode in ((CPU, "autocast-float16"), (torch.device("cuda"), "autocast-bfloat16")):
+        assert other.absent(device, MODES[mode]).code == "dtype"
 
 
 def test_the_largest_batch_is_where_the_peak_fills_the_memory():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from ..blocks import resnet
+from ..blocks.mixin import original_name
 from ..kernels.interface import Reason
 from ..testing.comparison import Mode
 from ..testing.roofline.recording import block_names
@@ -83,6 +86,45 @@ class Budgeted(nn.Module):
             return self.compiled(x)
 
 
+def in_place_abn(model: nn.Module) -> nn.Module:
+    """inplace_abn in torchvision's ResNets, in the place of a BatchNorm and the ReLU behind it: of both the output is
+    kept, from which backward makes the input again. LeakyReLU, since ReLU has no inverse: another model. The last
+    BatchNorm of a block, with a sum behind it, stays."""
+    from inplace_abn import InPlaceABN
+
+    def abn(norm: nn.BatchNorm2d) -> nn.Module:
+        own = InPlaceABN(norm.num_features, norm.eps, norm.momentum, activation="leaky_relu")
+        own.load_state_dict(norm.state_dict(), strict=False)
+        return own.to(norm.weight.device)
+
+    blocks = [m for m in model.modules() if original_name(m) in resnet.ORIGINALS]
+    if not blocks:
+        raise NotImplementedError("it is for torchvision's ResNets and their blocks")
+    for block in blocks:
+        block.bn1 = abn(block.bn1)
+        if hasattr(block, "conv3"):
+            block.bn2 = abn(block.bn2)
+        block.forward = partial(_in_place_forward, block)
+    if type(getattr(model, "relu", None)) is nn.ReLU and model not in blocks:
+        model.bn1, model.relu = abn(model.bn1), nn.Identity()
+    return model
+
+
+def _in_place_forward(block: nn.Module, x: Tensor) -> Tensor:
+    y = block.bn2(block.conv2(block.bn1(block.conv1(x))))
+    if hasattr(block, "conv3"):
+        y = block.bn3(block.conv3(y))
+    return block.relu(y + (x if block.downsample is None else block.downsample(x)))
+
+
+def _no_in_place(device: torch.device, mode: Mode) -> Reason | None:
+    if importlib.util.find_spec("inplace_abn") is None:
+        return Reason("package_missing", "inplace_abn is not installed")
+    if mode.compute is torch.bfloat16 or (mode.compute is torch.float16 and device.type != "cuda"):
+        return Reason("dtype", f"inplace_abn has no {str(mode.compute).removeprefix('torch.')} there")
+    return None
+
+
 def _search_is_long(device: torch.device, mode: Mode) -> Reason | None:
     return None if device.type == "cuda" else Reason("gpu_only", "its search is over a GPU's kernels")
 
@@ -115,10 +157,7 @@ ALTERNATIVES = (
         Implementation("cuDNN frontend", _refused),
         _not_wired("cudnn", "nvidia-cudnn-frontend", "BN+add+ReLU and conv+statistics in fp16 NHWC on a GPU"),
     ),
-    Alternative(
-        Implementation("inplace_abn", _refused),
-        _not_wired("inplace_abn", "inplace_abn", "it wants an invertible activation in place of ReLU: another model"),
-    ),
+    Alternative(Implementation("inplace_abn", in_place_abn), _no_in_place),
     Alternative(
         Implementation("apex groupbn", _refused),
         _not_wired("apex", "apex", "its contrib.groupbn is for fp16 NHWC on a GPU, convolutions unfused"),
