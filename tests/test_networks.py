@@ -188,12 +188,14 @@ def test_layers_taken_out_of_a_fused_network_stay_fused():
     assert isinstance(getter["layer2"][0], FusedMixin)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["batch norms", "frozen"])
-def test_a_backbone_around_a_network_has_its_stem_fused(frozen):
+@pytest.mark.parametrize("memory", ["balanced", "leanest"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
+def test_a_backbone_around_a_network_has_its_stem_fused(norm, memory):
     """As segmentation and detection have it: the layers' outputs by names of their own."""
-    norm = FrozenBatchNorm2d if frozen else nn.BatchNorm2d
     getter = IntermediateLayerGetter(resnet(Bottleneck, norm_layer=norm).double(), {"layer1": "low", "layer3": "out"})
-    twin = resfuse.fuse(copy.deepcopy(getter))
+    config = resfuse.FuseConfig(memory=memory)
+    twin = resfuse.fuse(copy.deepcopy(getter), config=config, input_size=(2, 3, 32, 32))
+    assert memory == "balanced" or twin.resfuse_state.memory == memory, "its stem's"
     assert resfuse.explain(getter).coverage == 1
     found = []
     for model in (getter, twin):
