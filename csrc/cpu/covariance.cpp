@@ -78,7 +78,7 @@ struct CovarianceKernel {
       for (int64_t row = first; row < channels; row += panel_columns) {
         Left left = y.left(row);
         left.words = static_cast<const Word*>(left.words) + begin * left.depth;
-        multiply<E>(std::min(panel_columns, channels - row), panel_columns, words, left, right,
+        multiply<E>(std::min(panel_columns, channels - row), std::min(panel_columns, rows), words, left, right,
                     runs + run * size + (row - first) * panel_columns, panel_columns, false);
       }
     }

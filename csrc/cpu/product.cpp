@@ -31,6 +31,7 @@ struct Tile {
   int64_t depth;
   float* c;
   int64_t c_row;
+  int64_t columns;  // of the panel, from 1 to 64
   bool accumulate;
 };
 
@@ -43,8 +44,8 @@ RESFUSE_HD float as_float(Word word) {
 // Any processor, float words: 16 columns at a time, which the compiler keeps in the registers it has.
 template <int rows>
 void tile_baseline(const Tile& t) {
-  constexpr int width = 16;
-  for (int64_t first = 0; first < panel_columns; first += width) {
+  constexpr int width = vector_columns;
+  for (int64_t first = 0; first < t.columns; first += width) {
     float sum[rows][width];
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < width; ++j) sum[i][j] = t.accumulate ? t.c[i * t.c_row + first + j] : 0.0f;
@@ -72,7 +73,7 @@ void tile_baseline(const Tile& t) {
 // 6 rows x 16 columns: 12 accumulators of the 16 registers.
 template <int rows>
 RESFUSE_AVX2 void tile_avx2(const Tile& t) {
-  for (int64_t first = 0; first < panel_columns; first += 16) {
+  for (int64_t first = 0; first < t.columns; first += vector_columns) {
     __m256 sum[rows][2];
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < 2; ++j) sum[i][j] = _mm256_setzero_ps();
@@ -104,31 +105,33 @@ RESFUSE_AVX2 void tile_avx2(const Tile& t) {
 }
 
 // Sums of earlier products may have left the cache: they are fetched during this one.
-template <int rows>
+template <int rows, int vectors>
 RESFUSE_HD void fetch_sums(const Tile& t) {
   for (int i = 0; t.accumulate && i < rows; ++i) {
-    for (int j = 0; j < 4; ++j) __builtin_prefetch(t.c + i * t.c_row + 16 * j, 1);
+    for (int j = 0; j < vectors; ++j) __builtin_prefetch(t.c + i * t.c_row + 16 * j, 1);
   }
 }
 
-template <int rows>
-RESFUSE_HD RESFUSE_AVX512 void clear(__m512 (&sum)[rows][4]) {
+template <int rows, int vectors>
+RESFUSE_HD RESFUSE_AVX512 void clear(__m512 (&sum)[rows][vectors]) {
   for (int i = 0; i < rows; ++i) {
-    for (int j = 0; j < 4; ++j) sum[i][j] = _mm512_setzero_ps();
+    for (int j = 0; j < vectors; ++j) sum[i][j] = _mm512_setzero_ps();
   }
 }
 
-template <int rows>
-RESFUSE_HD RESFUSE_AVX512 void write(const __m512 (&sum)[rows][4], const Tile& t) {
+template <int rows, int vectors>
+RESFUSE_HD RESFUSE_AVX512 void write(const __m512 (&sum)[rows][vectors], const Tile& t) {
   float* c = t.c;
   if (!t.accumulate) {
     for (int i = 0; i < rows; ++i, c += t.c_row) {
-      for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + 16 * j, sum[i][j]);
+      for (int j = 0; j < vectors; ++j) _mm512_storeu_ps(c + 16 * j, sum[i][j]);
     }
     return;
   }
   for (int i = 0; i < rows; ++i, c += t.c_row) {
-    for (int j = 0; j < 4; ++j) _mm512_storeu_ps(c + 16 * j, _mm512_add_ps(_mm512_loadu_ps(c + 16 * j), sum[i][j]));
+    for (int j = 0; j < vectors; ++j) {
+      _mm512_storeu_ps(c + 16 * j, _mm512_add_ps(_mm512_loadu_ps(c + 16 * j), sum[i][j]));
+    }
   }
 }
 
@@ -153,12 +156,12 @@ struct Pairs {
   }
 };
 
-// 6 rows x 64 columns: 24 accumulators of the 32 registers. That of floats runs without AVX-512-bf16 too, of which it
-// has no instruction.
-template <class Arithmetic, int rows>
+// 6 rows x 64 columns: 24 accumulators of the 32 registers; fewer columns where a panel has no more. That of floats runs
+// without AVX-512-bf16 too, of which it has no instruction.
+template <class Arithmetic, int rows, int vectors>
 RESFUSE_AVX512_BF16 void tile_avx512(const Tile& t) {
-  __m512 sum[rows][4];
-  fetch_sums<rows>(t);
+  __m512 sum[rows][vectors];
+  fetch_sums<rows, vectors>(t);
   clear(sum);
   int64_t tap = 0;
   do {
@@ -167,11 +170,11 @@ RESFUSE_AVX512_BF16 void tile_avx512(const Tile& t) {
     const Word* b = t.b + t.b_taps[tap];
     int64_t k = 0;
     do {
-      typename Arithmetic::Vector v[4];
-      for (int j = 0; j < 4; ++j) v[j] = Arithmetic::load(b + 16 * j);
+      typename Arithmetic::Vector v[vectors];
+      for (int j = 0; j < vectors; ++j) v[j] = Arithmetic::load(b + 16 * j);
       for (int i = 0; i < rows; ++i) {
         const auto x = Arithmetic::all(a[i][k * t.a_depth]);
-        for (int j = 0; j < 4; ++j) sum[i][j] = Arithmetic::add(sum[i][j], x, v[j]);
+        for (int j = 0; j < vectors; ++j) sum[i][j] = Arithmetic::add(sum[i][j], x, v[j]);
       }
       b += t.b_depth;
     } while (++k < t.depth);
@@ -179,10 +182,18 @@ RESFUSE_AVX512_BF16 void tile_avx512(const Tile& t) {
   write(sum, t);
 }
 
+template <class Arithmetic, int rows>
+void tile_of_width(const Tile& t) {
+  if (t.columns > 3 * vector_columns) return tile_avx512<Arithmetic, rows, 4>(t);
+  if (t.columns > 2 * vector_columns) return tile_avx512<Arithmetic, rows, 3>(t);
+  if (t.columns > vector_columns) return tile_avx512<Arithmetic, rows, 2>(t);
+  return tile_avx512<Arithmetic, rows, 1>(t);
+}
+
 template <int rows>
-constexpr TileFunction tile_avx512_float = tile_avx512<Floats, rows>;
+constexpr TileFunction tile_avx512_float = tile_of_width<Floats, rows>;
 template <int rows>
-constexpr TileFunction tile_avx512_bf16 = tile_avx512<Pairs, rows>;
+constexpr TileFunction tile_avx512_bf16 = tile_of_width<Pairs, rows>;
 
 // Pairs, fours, and 128-bit lanes change places.
 RESFUSE_AVX512 void transpose_avx512(const Word* from, int64_t from_stride, Word* to, int64_t to_stride) {
@@ -261,7 +272,7 @@ void multiply(
     Ahead* ahead) {
   if (depth == 0) {
     for (int64_t row = 0; row < rows && !accumulate; ++row) {
-      std::fill_n(c + row * stride, round_up(columns, panel_columns), 0.0f);
+      std::fill_n(c + row * stride, round_up(columns, vector_columns), 0.0f);
     }
     return;
   }
@@ -274,12 +285,13 @@ void multiply(
   const int64_t here = 0;
   for (int64_t column = 0; column < columns; column += panel_columns) {
     const Word* panel = b_words + column / panel_columns * b.panel;
+    const int64_t width = std::min(panel_columns, columns - column);
     for (int64_t k = 0; k < depth; k += depth_block) {
       const int64_t block = depth - k < depth_block ? depth - k : depth_block;
       for (int64_t row = 0; row < rows; row += tile_rows) {
         const int64_t count = rows - row < tile_rows ? rows - row : tile_rows;
         Tile tile{{}, a.depth, panel + k * b.depth, b.depth, 1, &here, &here, block, c + row * stride + column, stride,
-                  accumulate || k > 0};
+                  width, accumulate || k > 0};
         for (int64_t i = 0; i < count; ++i) tile.a[i] = a_words + (row + i) * a.row + k * a.depth;
         tiles[count](tile);
         if (ahead) ahead->fetch(block);
@@ -301,12 +313,13 @@ void multiply_taps(
   const int64_t most = taps.depth > 0 && 2 * depth_block / taps.depth > 0 ? 2 * depth_block / taps.depth : 1;
   for (int64_t column = 0; column < columns; column += panel_columns) {
     const Word* panel = b_words + column / panel_columns * b.panel;
+    const int64_t width = std::min(panel_columns, columns - column);
     for (int64_t tap = 0; tap < taps.count; tap += most) {
       const int64_t block = taps.count - tap < most ? taps.count - tap : most;
       for (int64_t row = 0; row < rows; row += tile_rows) {
         const int64_t count = rows - row < tile_rows ? rows - row : tile_rows;
         Tile tile{{}, a_depth, panel, b.depth, block, taps.a + tap, taps.b + tap, taps.depth,
-                  c + row * stride + column, stride, accumulate || tap > 0};
+                  c + row * stride + column, stride, width, accumulate || tap > 0};
         for (int64_t i = 0; i < count; ++i) tile.a[i] = a_words + a_rows[row + i];
         tiles[count](tile);
         if (ahead) ahead->fetch(block * taps.depth);

@@ -13,6 +13,7 @@ namespace resfuse {
 
 using Word = uint32_t;
 constexpr int64_t panel_columns = 64;
+constexpr int64_t vector_columns = 16;
 constexpr int64_t tile_rows = 6;
 
 // Elements of a word: 1 float, 2 bfloat16.
@@ -26,7 +27,7 @@ struct Left {
   int64_t depth;
 };
 
-// b[k, 64 * j + n] is the word at panel * j + depth * k + n. Columns up to a multiple of 64 are read.
+// b[k, 64 * j + n] is the word at panel * j + depth * k + n. Columns up to a multiple of 64 may be read.
 struct Right {
   const void* words;
   int64_t panel;
@@ -92,7 +93,7 @@ class Ahead {
 };
 
 // c[i, n] = (accumulate ? c[i, n] : 0) + sum over k of a[i, k] * b[k, n], rows x columns, rows of c `stride` apart.
-// Columns of c up to a multiple of 64 are written. depth counts words.
+// Columns of c up to a multiple of 16 are written, up to one of 64 may be. depth counts words.
 template <class E>
 void multiply(
     int64_t rows, int64_t columns, int64_t depth, Left a, Right b, float* c, int64_t stride, bool accumulate,
