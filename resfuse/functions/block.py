@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import dispatch
-from ..kernels.interface import Act, BNContext, BNGrad, Masked, Norm, Stats, Sum, Want, Written, wide
+from ..kernels.interface import Act, BNContext, BNGrad, Masked, Norm, Stats, Want, Written, wide
 from . import branches, chain, composite, replay, sync
 from . import unit as units
-from .branches import GIVEN, IDENTITY, NOTHING, PADDED, PROJECTION, Inputs, Spec, Steps
+from .branches import GIVEN, NOTHING, PROJECTION, Inputs, Spec, Steps
 from .unit import KEEP, NONE, Gradients, Kept, Tensors
 
 
@@ -135,17 +135,13 @@ def _differentiable(spec: Spec, flat, saved, dout: Tensor, needs) -> list[Tensor
 
 
 def _forward(k, spec: Spec, inputs: Inputs):
-    dtype, norm_stats, norm_kept, inputs = inputs.parts[0].dtype, [], [], _dense_parts(spec, inputs)
-    x = None
-    if spec.norm is None or spec.shortcut.kind in (IDENTITY, PADDED):
-        x = branches.joined(inputs.parts, spec.layout)
-    first = x
+    dtype, norm_stats, norm_kept = inputs.parts[0].dtype, [], []
+    first = x = branches.joined(inputs.parts, spec.layout)
     if spec.norm is not None:
-        measured = _input_stats(k, spec, inputs)
-        count = inputs.parts[0][:, 0].numel()
-        vectors, measured = units.normalise(k, spec.norm, inputs.norm[0], measured, count, wide(dtype))
+        measured = _input_stats(k, spec, inputs, x)
+        vectors, measured = units.normalise(k, spec.norm, inputs.norm[0], measured, x[:, 0].numel(), wide(dtype))
         norm_kept, norm_stats = [vectors], [measured]
-        first = _activated(k, inputs.parts, norm_kept[0])
+        first = k.prepare(_normalised(x, vectors))
     made = chain.forward(k, spec.units, inputs.units, first, dtype)
     tensors = inputs.shortcut[0] if inputs.shortcut else None
     source = first if spec.shortcut.kind == PROJECTION else x
@@ -182,12 +178,9 @@ def again(spec: Spec, flat: Sequence[Tensor | None], saved: Sequence[Tensor | No
 
 
 def _again(k, spec: Spec, inputs: Inputs, saved: Saved) -> tuple[Tensor, Tensor | None]:
-    inputs = _dense_parts(spec, inputs)
     norm_kept, kept, shortcut_kept = _kept_by_role(spec, saved.kept)
-    x = None
-    if spec.norm is None or spec.shortcut.kind in (IDENTITY, PADDED):
-        x = branches.joined(inputs.parts, spec.layout)
-    first = x if spec.norm is None else _activated(k, inputs.parts, norm_kept)
+    x = branches.joined(inputs.parts, spec.layout)
+    first = x if spec.norm is None else k.prepare(_normalised(x, norm_kept))
     main = _main_again(k, spec, inputs, saved.zs, kept, first)
     residual = branches.shortcut_again(
         k, spec.shortcut, inputs.shortcut[0] if inputs.shortcut else None, shortcut_kept,
@@ -203,28 +196,23 @@ def first_again(spec: Spec, flat: Sequence[Tensor | None], saved: Sequence[Tenso
 
     def call():
         with torch.autocast(flat[0].device.type, enabled=False):
-            inputs = _dense_parts(spec, Inputs.arrange(spec, flat))
-            if spec.norm is None:
-                first = branches.joined(inputs.parts, spec.layout)
-            else:
-                first = _activated(k, inputs.parts, Saved.arrange(spec, saved).kept[0])
+            inputs = Inputs.arrange(spec, flat)
+            first = branches.joined(inputs.parts, spec.layout)
+            if spec.norm is not None:
+                first = k.prepare(_normalised(first, Saved.arrange(spec, saved).kept[0]))
             return units.raw(k, spec.units[0], inputs.units[0], first)
 
     return replay.run(k, "block_first_again", spec, [*flat, *saved], call)
 
 
 def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: Inputs) -> tuple:
-    dout, inputs = dout.contiguous(memory_format=spec.layout), _dense_parts(spec, inputs)
+    dout = dout.contiguous(memory_format=spec.layout)
     norm_kept, kept, shortcut_kept = _kept_by_role(spec, saved.kept)
     needs_x = any(needs.parts)
     needs_first = needs_x or any(any(need) for need in needs.norm)
-    x = None
-    if spec.norm is None or (spec.shortcut.kind in (IDENTITY, PADDED) and inputs.gate is not None and needs.gate):
-        x = branches.joined(inputs.parts, spec.layout)
-    first = x
-    if spec.norm is not None:  # a recipe where it can be one: wide, and not read before the chain has come down to it
-        norms = _norms(inputs.parts, norm_kept)
-        first = norms[0] if len(norms) == 1 else _activated(k, inputs.parts, norm_kept)
+    x = branches.joined(inputs.parts, spec.layout)
+    # A recipe still: wide, and not read before the chain has come down to it.
+    first = x if spec.norm is None else _normalised(x, norm_kept)
     tensors = inputs.shortcut[0] if inputs.shortcut else None
     projection = spec.shortcut.kind == PROJECTION
 
@@ -240,7 +228,7 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
     g, beside, dgate = branches.sum_backward(k, spec, inputs, dout, saved.mask, main, residual)
     del main, residual
 
-    source = first if projection else (inputs.parts[0] if x is None else x)
+    source = first if projection else x
     add, shortcut_found = branches.shortcut_backward(
         k, spec.shortcut, tensors, shortcut_kept, beside, source, saved.shortcut_z,
         needs_first if projection else needs_x, needs.shortcut[0] if needs.shortcut else None,
@@ -260,18 +248,13 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
     del into_first
     came = [first, da]
     del first, da
-    norm_found = None
-    if spec.norm is not None:
-        norm_found = NONE
-        if needs_first:
-            pieces, norm_found = _norm_backward(k, spec, inputs, norm_kept, came, needs_x)
-            if into_x is not None:
-                pieces = [chain.gathered(k, inputs.parts[0], pieces[0], into_x)]
-            dparts = [p.contiguous(memory_format=spec.out_layout) if needs_x else None for p in pieces]
-        else:
-            dparts = [None] * spec.parts
-    else:
-        dparts = branches.separated(came.pop(), inputs.parts, spec.out_layout)
+    norm_found = None if spec.norm is None else NONE
+    if spec.norm is None:
+        dx = came.pop()
+    elif needs_first:
+        dx, norm_found = _norm_backward(k, spec, inputs.norm[0], norm_kept, x, came, needs_x)
+        dx = dx if into_x is None else chain.gathered(k, x, dx, into_x)
+    dparts = branches.separated(dx if needs_x else None, inputs.parts, spec.out_layout)
     return branches.gradients(dparts, dresidual, dgate, norm_found, found, shortcut_found)
 
 
@@ -297,63 +280,28 @@ def _main_again(k, spec: Spec, inputs: Inputs, zs, kept: Sequence[Kept], first: 
 # The norm before the first convolution ---------------------------------------------------------------------------
 
 
-def _dense_parts(spec: Spec, inputs: Inputs) -> Inputs:
-    """The inputs with what a norm reads in the block's layout, once for all its readers."""
-    if spec.norm is None:
-        return inputs
-    return inputs._replace(parts=tuple(part.contiguous(memory_format=spec.layout) for part in inputs.parts))
-
-
-def _input_stats(k, spec: Spec, inputs: Inputs) -> Stats | None:
+def _input_stats(k, spec: Spec, inputs: Inputs, x: Tensor) -> Stats | None:
     if not spec.norm.batch:
         return None
-    if inputs.mean is not None:
-        return Stats(inputs.mean, inputs.var)
-    parts = [k.bn_stats(part) for part in inputs.parts]
-    return parts[0] if len(parts) == 1 else Stats(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
+    return k.bn_stats(x) if inputs.mean is None else Stats(inputs.mean, inputs.var)
 
 
-def _norms(parts: Sequence[Tensor], kept: Kept) -> list[Norm]:
-    """relu(bn(.)) of each part."""
-    sizes = [part.shape[1] for part in parts]
-    vectors = zip(parts, kept.scale.split(sizes), kept.shift.split(sizes), strict=True)
-    return [Norm(part, scale, shift) for part, scale, shift in vectors]
-
-
-def _activated(k, parts: Sequence[Tensor], kept: Kept) -> Act:
-    """The parts side by side, normalised and rectified: of several a tensor, which nobody keeps."""
-    norms = _norms(parts, kept)
-    if len(norms) == 1:
-        return k.prepare(norms[0])
-    return torch.cat([k.apply(norm, Sum(), Want()).out for norm in norms], 1)
+def _normalised(x: Tensor, kept: Kept) -> Norm:
+    """relu(bn(x))."""
+    return Norm(x, kept.scale, kept.shift)
 
 
 def _norm_backward(
-    k, spec: Spec, inputs: Inputs, kept: Kept, came: list, onward: bool
-) -> tuple[list[Tensor], Gradients]:
+    k, spec: Spec, t: Tensors, kept: Kept, x: Tensor, came: list, onward: bool
+) -> tuple[Tensor, Gradients]:
     """came: first and its gradient, which are taken out of the list; onward: as in `unit.backward_norm`."""
-    t: Tensors = inputs.norm[0]
-    norms, sizes = _norms(inputs.parts, kept), [part.shape[1] for part in inputs.parts]
-    gammas = [None] * len(sizes) if t.gamma is None else t.gamma.split(sizes)
-    contexts = [
-        BNContext(mean, invstd, gamma, units.own_batch(spec.norm))
-        for mean, invstd, gamma in zip(kept.mean.split(sizes), kept.invstd.split(sizes), gammas, strict=True)
-    ]
-    if len(sizes) == 1:
-        found = [k.bn_backward(came.pop(), came.pop(), norms[0].z, contexts[0])]
-    else:
-        dys = [dy.contiguous(memory_format=spec.layout) for dy in came.pop().split(sizes, 1)]
-        came.clear()
-        pairs = zip(dys, norms, contexts, strict=True)
-        found = [k.bn_backward(dy, norm, norm.z, context) for dy, norm, context in pairs]
-    dzs, dgammas, dbetas = zip(*found, strict=True)
-    dgamma, dbeta = (v[0] if len(v) == 1 else torch.cat(v) for v in (dgammas, dbetas))
+    context = BNContext(kept.mean, kept.invstd, t.gamma, units.own_batch(spec.norm))
+    dz, dgamma, dbeta = k.bn_backward(came.pop(), came.pop(), x, context)
     if spec.norm.group is not None and onward:
         sums = sync.gradient_sums(dgamma, dbeta, kept.invstd, kept.count, spec.norm.group)
-        vectors = zip(*(v.split(sizes) for v in (kept.mean, kept.scale, *sums)), strict=True)
-        dzs = [sync.completed(k, dz, norm.z, *its) for dz, norm, its in zip(dzs, norms, vectors, strict=True)]
-    pieces = [k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz for dz in dzs]
-    return pieces, units.gradients(spec.norm, t, kept, None, dgamma, dbeta)
+        dz = sync.completed(k, dz, x, kept.mean, kept.scale, *sums)
+    dx = k.bn_dgrad(dz) if isinstance(dz, BNGrad) else dz
+    return dx, units.gradients(spec.norm, t, kept, None, dgamma, dbeta)
 
 
 DIRECT = Steps(forward, backward, branches.update_running)
