@@ -30,7 +30,7 @@ class profile_ranges:
     """Context manager: inside, fused blocks and their primitives are ranges, in every thread of the process.
 
     `RESFUSE_NVTX=1` in the environment does so from the import on. primitives False (`RESFUSE_NVTX=blocks`): blocks
-    alone. On a GPU steps are then replayed as ever; with primitives they are not, so the host takes longer for the same
+    alone. Steps are then replayed as ever; with primitives they are not, so the host takes longer for the same
     kernels.
     """
 

@@ -13,7 +13,6 @@ import resfuse
 from resfuse import calls, functional
 from resfuse.blocks import modules
 from resfuse.functional import ArgumentError, Block, run
-from resfuse.functions import replay
 from resfuse.kernels import dispatch, measured
 from resfuse.testing import cuda
 from resfuse.testing.memory import saved_bytes
@@ -157,9 +156,8 @@ def test_with_cudas_kernels(name, mode, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["bottlenecks", "pre-activation"])
-def test_steps_done_from_notes(name, monkeypatch):
-    """As on a GPU: the second step is noted, later ones are done from the notes."""
-    monkeypatch.setattr(replay, "DEVICES", ("cpu",))
+def test_steps_done_from_notes(name):
+    """The second step is noted, later ones are done from the notes."""
     dispatch.kernels.cache_clear()
     row = make(name)
     balanced, lean = fused(row, "balanced"), fused(row, "leanest")

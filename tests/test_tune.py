@@ -8,7 +8,6 @@ from rich.console import Console
 from units import TRITON, triton_kernels
 
 from resfuse.bench import command, tune
-from resfuse.functions import replay
 from resfuse.kernels.triton import _table
 from resfuse.kernels.triton._table import Own, Tile
 from resfuse.testing.cases import CASES
@@ -79,7 +78,6 @@ def test_results_do_not_depend_on_the_tile(monkeypatch):
     def timer(calls):
         return {name: call() or 1.0 for name, call in calls.items()}
 
-    monkeypatch.setattr(replay, "DEVICES", ("cpu",))  # as on a GPU, where steps are done again from notes
     with triton_kernels(monkeypatch):
         noted = tune.note([CASES["small-projection"]], torch.float32, CPU)
         key, call = next((key, c) for c in noted for key in c.tiles if key.primitive == "covariance")

@@ -23,7 +23,7 @@ from ..kernels import nvidia
 from . import source
 from .notes import Notes
 
-DEVICES = ("cuda",)  # where what a host spends on a call matters: a CPU's kernels are the host's own time
+DEVICES = ("cpu", "cuda")
 MOST = 1024  # kinds of calls that a kernel set's notes are kept of
 SEEN, NEVER = "seen", "never"
 
