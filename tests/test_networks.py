@@ -16,6 +16,7 @@ import resfuse
 from resfuse import blocks
 from resfuse.blocks import modules
 from resfuse.blocks.mixin import FusedMixin
+from resfuse.kernels import dispatch
 
 
 def resnet(block=BasicBlock, **settings):
@@ -287,6 +288,15 @@ def test_memory_efficient_dense_layers_update_their_statistics_once():
     plain, efficient = small_densenet().double(), resfuse.fuse(small_densenet(memory_efficient=True).double())
     for ours, theirs in zip(gradients(efficient, x), gradients(plain, x), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-7)
+
+
+def test_a_single_channel_among_features_leaves_the_layout(monkeypatch):
+    """It is in either layout itself. In another than the block's the compiled kernels would be refused."""
+    monkeypatch.setattr(dispatch, "_fallbacks", {})
+    layer = resfuse.fuse(densenet._DenseLayer(17, 8, 2, 0.0).to(memory_format=torch.channels_last))
+    parts = [torch.randn(2, c, 5, 5).contiguous(memory_format=torch.channels_last) for c in (16, 1)]
+    layer(parts).sum().backward()
+    assert not layer.resfuse_state.fallbacks and not dispatch.fallbacks()
 
 
 def test_a_dense_layer_takes_a_tensor_or_a_list():

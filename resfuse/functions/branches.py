@@ -143,7 +143,8 @@ def joined(parts: Sequence[Tensor], layout: torch.memory_format) -> Tensor:
     """Tensors side by side, as one in the block's layout."""
     if len(parts) == 1:
         return parts[0].contiguous(memory_format=layout)
-    return torch.cat([p.contiguous(memory_format=layout) for p in parts], 1)
+    # A single channel is in either layout, and cat of such would choose its own.
+    return torch.cat([p.contiguous(memory_format=layout) for p in parts], 1).contiguous(memory_format=layout)
 
 
 def separated(dx: Tensor | None, parts: Sequence[Tensor], layout: torch.memory_format) -> list[Tensor | None]:
