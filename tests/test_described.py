@@ -112,6 +112,12 @@ def test_the_last_convolution_of_a_deep_stem_counts_as_a_plain_one_does():
         assert resfuse.explain(BUILDERS[name](), input_size=(1, C, 64, 64)).coverage == 1
 
 
+def test_a_network_whose_stem_was_emptied_is_fused_without_it():
+    model = BUILDERS["resnet"]()
+    model.conv1 = nn.Sequential()
+    assert "layer1.0" in [name for name, *_ in resfuse.explain(model).fused]
+
+
 def test_an_observed_sum_is_left_to_its_module():
     """As a quantization that is being prepared has it."""
     block, x = resfuse.fuse(QuantizableBottleneck(C, 4)).eval(), torch.randn(2, C, 5, 5)

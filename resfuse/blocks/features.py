@@ -93,7 +93,7 @@ def owned(model: nn.Module) -> list[nn.Module]:
         described = BLOCKS[original_name(model)]
         conv, pool = getattr(model, described.stem[0]), getattr(model, described.pool)
         inside += [getattr(model, described.stem[1]), getattr(model, described.act)]
-        conv = next(reversed(conv._modules.values())) if original_class(type(conv)) is nn.Sequential else conv
+        conv = next(reversed(conv._modules.values()), None) if original_class(type(conv)) is nn.Sequential else conv
         inside += [conv] if type(conv) is nn.Conv2d else []  # it is called, and its BatchNorm is the stem's
         inside += [pool] if type(pool) is nn.MaxPool2d else []
     return inside
