@@ -20,7 +20,7 @@ from ..kernels import dispatch
 from ..kernels.interface import Act, BNContext, BNGrad, Masked, Norm, Stats, Want, Written, wide
 from . import branches, chain, composite, replay, sync
 from . import unit as units
-from .branches import GIVEN, NOTHING, PROJECTION, Inputs, Spec, Steps
+from .branches import GIVEN, IDENTITY, NOTHING, PADDED, PROJECTION, Inputs, Spec, Steps
 from .unit import KEEP, NONE, Gradients, Kept, Tensors
 
 
@@ -142,6 +142,7 @@ def _forward(k, spec: Spec, inputs: Inputs):
         vectors, measured = units.normalise(k, spec.norm, inputs.norm[0], measured, x[:, 0].numel(), wide(dtype))
         norm_kept, norm_stats = [vectors], [measured]
         first = k.prepare(_normalised(x, vectors))
+        x = x if spec.shortcut.kind in (IDENTITY, PADDED) else None
     made = chain.forward(k, spec.units, inputs.units, first, dtype)
     tensors = inputs.shortcut[0] if inputs.shortcut else None
     source = first if spec.shortcut.kind == PROJECTION else x
@@ -179,8 +180,10 @@ def again(spec: Spec, flat: Sequence[Tensor | None], saved: Sequence[Tensor | No
 
 def _again(k, spec: Spec, inputs: Inputs, saved: Saved) -> tuple[Tensor, Tensor | None]:
     norm_kept, kept, shortcut_kept = _kept_by_role(spec, saved.kept)
-    x = branches.joined(inputs.parts, spec.layout)
-    first = x if spec.norm is None else k.prepare(_normalised(x, norm_kept))
+    first = x = branches.joined(inputs.parts, spec.layout)
+    if spec.norm is not None:
+        first = k.prepare(_normalised(x, norm_kept))
+        x = x if spec.shortcut.kind in (IDENTITY, PADDED) else None
     main = _main_again(k, spec, inputs, saved.zs, kept, first)
     residual = branches.shortcut_again(
         k, spec.shortcut, inputs.shortcut[0] if inputs.shortcut else None, shortcut_kept,
@@ -254,6 +257,7 @@ def _backward(k, spec: Spec, inputs: Inputs, saved: Saved, dout: Tensor, needs: 
     elif needs_first:
         dx, norm_found = _norm_backward(k, spec, inputs.norm[0], norm_kept, x, came, needs_x)
         dx = dx if into_x is None else chain.gathered(k, x, dx, into_x)
+    del x
     dparts = branches.separated(dx if needs_x else None, inputs.parts, spec.out_layout)
     return branches.gradients(dparts, dresidual, dgate, norm_found, found, shortcut_found)
 
