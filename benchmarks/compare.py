@@ -67,7 +67,7 @@ def worker(device: str) -> None:
         if what == "make":
             runner = make(*arguments, device).runner(IMPLEMENTATIONS["resfuse"])
             call = list(runner.passes().values())[-1]
-            for _ in range(3):  # on a GPU the second call of a kind is noted, the third replayed
+            for _ in range(3):  # the second call of a kind is noted, the third replayed
                 call()
             answer = {}
             if runner.model.training:

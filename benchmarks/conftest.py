@@ -74,7 +74,7 @@ def compare(benchmark, last):
         if last.get("key") != key:
             last.clear()
             group = make()
-            times = interleave(group.calls, budget=seconds, maximum=ROUNDS, warmup=1, device=DEVICE)
+            times = interleave(group.calls, budget=seconds, maximum=ROUNDS, warmup=2, device=DEVICE)
             last.update(key=key, times=times, extra=group.extra, missing=group.missing)
         if name not in last["times"]:
             pytest.skip(last["missing"].get(name, "not here"))

@@ -89,7 +89,7 @@ def times(
     if not baselines:
         return []
     calls = {(name, passes): call for name, runner in runners.items() for passes, call in runner.passes().items()}
-    warmup = 2 if torch.device(device).type == "cuda" else 0  # steps are noted in their second round
+    warmup = 2  # rounds: in the second, steps are noted
     seconds = interleave(calls, budget=budget, maximum=ROUNDS, warmup=warmup, device=device, progress=progress)
     rows = []
     for passes in dict.fromkeys(passes for _, passes in calls):

@@ -23,7 +23,7 @@ from .implementations import IMPLEMENTATIONS
 from .results import SCHEMA, write_json
 from .workloads import Runner, make
 
-WARMUP = 2  # steps: buffers are taken, on a GPU kernels compiled and steps noted
+WARMUP = 2  # steps: buffers are taken, steps noted, on a GPU kernels compiled
 SHOWN = 15  # rows of a table
 STEP = "step"
 
