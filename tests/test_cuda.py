@@ -20,7 +20,7 @@ from resfuse.kernels.interface import (
     Want,
     Window,
 )
-from resfuse.kernels.nvidia import round_to_tf32
+from resfuse.kernels.rounding import round_to_tf32
 from resfuse.testing import comparison
 from resfuse.testing.cases import CASES
 from resfuse.testing.comparison import MODES

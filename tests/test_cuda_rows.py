@@ -9,7 +9,7 @@ import torch
 from units import CUDA, EMULATED, activation, own
 
 from resfuse.kernels.interface import BNGrad, Geometry, Masked, Norm, Second, Sum, Want
-from resfuse.kernels.nvidia import round_to_tf32
+from resfuse.kernels.rounding import round_to_tf32
 from resfuse.testing.cuda import emulated, on_gpu
 
 PRECISIONS = ["float32", "tf32", "bfloat16", "float16"]

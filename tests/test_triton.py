@@ -11,8 +11,8 @@ import resfuse
 from resfuse.functional import bottleneck, conv_bn_add_relu, preactivation
 from resfuse.functions import cost
 from resfuse.kernels import dispatch, measured
-from resfuse.kernels.eager._rows import round_to_tf32
 from resfuse.kernels.interface import Activation, BNContext, Geometry, Masked, Norm, Stats, Sum, Unsupported, Want
+from resfuse.kernels.rounding import round_to_tf32
 from resfuse.kernels.triton import unavailable
 from resfuse.testing import cases, comparison
 from resfuse.testing.comparison import MODES

@@ -29,21 +29,6 @@ def unsupported(device: str, dtype: torch.dtype, kernels: str, instead: object) 
     return reasons
 
 
-def rounds_to_tf32(t: Tensor) -> bool:
-    """Whether products of t read it rounded to tf32: float32, as torch's switch has it for convolutions."""
-    if t.dtype != torch.float32:
-        return False
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    if conv is None or not hasattr(conv, "fp32_precision"):  # torch before 2.9
-        return torch.backends.cudnn.allow_tf32
-    return conv.fp32_precision == "tf32"
-
-
-def round_to_tf32(t: Tensor) -> Tensor:
-    """float32 rounded to tf32's 10 mantissa bits, to nearest, ties away from zero."""
-    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
 def check_stored(instead: object, **tensors: Tensor | None) -> None:
     """Raise Unsupported unless each tensor is of a stored dtype, and on a GPU or served instead."""
     for name, t in tensors.items():

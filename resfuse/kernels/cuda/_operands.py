@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..interface import Reason, Unsupported
-from ..nvidia import check_stored, round_to_tf32, rounds_to_tf32
+from ..nvidia import check_stored
+from ..rounding import round_to_tf32, rounds_to_tf32
 from . import _ops
 
 

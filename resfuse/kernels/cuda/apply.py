@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import flat
 from ..interface import Act, Norm, Second, Sum, Want, Written
-from ..nvidia import rounds_to_tf32
+from ..rounding import rounds_to_tf32
 from . import _operands
 from ._ops import ops
 from .bn_act import bn_act

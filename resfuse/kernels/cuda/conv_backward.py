@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import flat
 from ..interface import Act, Addend, BNGrad, Geometry, Grad, Masked, Strided
-from ..nvidia import rounds_to_tf32
+from ..rounding import rounds_to_tf32
 from ..vendor import conv_grads
 from ._operands import check_rows, check_views, vector
 from ._ops import ops

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import flat
 from ..interface import Act, Geometry, Stats
-from ..nvidia import rounds_to_tf32
+from ..rounding import rounds_to_tf32
 from ..vendor import conv
 from ._operands import check_views, vector
 from ._ops import ops

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import flat
 from ..interface import Act, Second, Sum, Want, Written
-from ..nvidia import rounds_to_tf32
+from ..rounding import rounds_to_tf32
 from ._operands import check_rows, check_views, vector
 from ._ops import ops
 

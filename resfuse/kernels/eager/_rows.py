@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..interface import wide
-from ..nvidia import round_to_tf32
+from ..rounding import reduced_products, round_to_tf32
 from ..vendor import dense as dense
 from ..vendor import layout as layout
 
@@ -78,15 +78,6 @@ def _octets(device: torch.device, dtype: torch.dtype) -> Tensor:
     """[256, 8]: the bits of every byte."""
     bits = [[octet >> bit & 1 for bit in range(8)] for octet in range(256)]
     return torch.tensor(bits, dtype=torch.int8).to(device, dtype)
-
-
-def reduced_products(device: torch.device) -> str | None:
-    """The shorter format, "tf32" or "bf16", to which torch's switches let float32 products round; None for none."""
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
-    precision = getattr(backend, "fp32_precision", None)
-    if precision is None:  # torch before 2.9
-        precision = "tf32" if device.type == "cuda" and backend.allow_tf32 else None
-    return precision if precision in ("tf32", "bf16") else None
 
 
 def as_read(t: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..interface import Act, BNGrad, Grad, Masked, Norm, Padded, Reason, Second, Sum, Unsupported
-from ..nvidia import check_stored, rounds_to_tf32
+from ..nvidia import check_stored
+from ..rounding import rounds_to_tf32
 from . import _launch
 
 
