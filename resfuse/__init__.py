@@ -6,7 +6,7 @@ from . import blocks
 from ._version import __version__
 from .arguments import ArgumentError
 from .blocks.descriptions import BlockDescription, Part
-from .blocks.mixin import disabled
+from .blocks.disabled import disabled
 from .blocks.plans import register_block
 from .convert import FuseConfig, FuseError, Report, explain, fuse, report, unfuse
 from .kernels.interface import Unsupported

@@ -3,7 +3,7 @@
 import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from . import mixin
+from .disabled import is_disabled
 
 
 @torch.compiler.assume_constant_result
@@ -11,4 +11,4 @@ def fused() -> bool:
     """Whether fusion is enabled, at this time, and the graph is torch.compile's: exported programs are plain aten."""
     # torch.compiler.is_exporting() is True under torch.compile in some torch, and not under every export in others.
     exporting = torch.compiler._is_exporting_flag or InstructionTranslator.current_tx().export
-    return not exporting and not mixin._disabled.get()
+    return not exporting and not is_disabled()

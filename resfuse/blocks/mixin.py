@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
@@ -22,6 +20,7 @@ from torch.autograd import forward_ad
 from ..arguments import BN, STORAGE_DTYPES, ArgumentError, Conv, ConvBN
 from ..kernels.interface import Activation, Reason
 from . import gate
+from .disabled import is_disabled
 
 FROZEN = (("torchvision.ops.misc", "FrozenBatchNorm2d"), ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"))
 CALLS_NORM = "detectron2.layers.wrappers", "Conv2d"  # and then, where it has one, its activation
@@ -33,20 +32,6 @@ GIVEN_SHORTCUT = tuple(f"timm.models.dla.{name}" for name in ("DlaBasic", "DlaBo
 SOME = "some"
 PLAIN = (nn.Parameter, torch.Tensor, type(None))  # subclasses may do more
 tracing_state, functorch_level = torch._C._get_tracing_state, torch._C._functorch.peek_interpreter_stack
-_disabled = ContextVar("resfuse_disabled", default=os.environ.get("RESFUSE_DISABLE", "0") not in ("", "0"))
-
-
-class disabled:
-    """Context manager: fused modules run their original forward inside it, in this thread.
-
-    `RESFUSE_DISABLE=1` in the environment does so for good.
-    """
-
-    def __enter__(self) -> None:
-        self.token = _disabled.set(True)
-
-    def __exit__(self, *_) -> None:
-        _disabled.reset(self.token)
 
 
 class Unproven(ArgumentError):
@@ -200,7 +185,7 @@ def watched(plan: ModuleType, block: nn.Module) -> list[nn.Module]:
 
 def call_refusal(x) -> Reason | None:
     """Why this call must run the original forward, as far as the input and the interpreter's state tell."""
-    if _disabled.get():
+    if is_disabled():
         return Reason("disabled", "inside resfuse.disabled() or under RESFUSE_DISABLE=1")
     if type(x) not in PLAIN:
         return Reason("input_type", f"the input is a {type(x).__name__}, not a plain tensor")
