@@ -34,7 +34,7 @@ def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple
     return z, Stats(mean, var) if stats else None
 
 
-# Fewer fill too little of a panel of 64 columns.
+# Fewer fill no vector of columns, or make a product of little depth.
 LEAST_CHANNELS = 16
 MOST_TAPS = 49  # as csrc/cpu/depthwise.h has it
 
