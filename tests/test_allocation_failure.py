@@ -120,6 +120,7 @@ def noted(request, monkeypatch) -> bool:
     return request.param
 
 
+@pytest.mark.one_in(2)
 @WAYS
 @BLOCKS
 def test_a_forward_that_fails_at_any_allocation_changes_no_buffer(name, backend, dtype, layout, noted):
@@ -140,6 +141,7 @@ def test_a_forward_that_fails_at_any_allocation_changes_no_buffer(name, backend,
     assert same(stepped(block, x, dout), stepped(twin, x, dout))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("accumulated", [False, True], ids=["no gradients", "gradients of before"])
 @WAYS
 @BLOCKS
