@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,7 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     kept = (a for before, a in zip(("", *given), given, strict=False) if "--out" not in (before, a))
     results = {
-        "command": " ".join(["python -m benchmarks.peers", *kept]), "environment": environment(options.device),
+        "command": " ".join(["python -m benchmarks.peers", *map(shlex.quote, kept)]),
+        "environment": environment(options.device),
         "subject": options.subject, "mode": options.mode, "batches": batches, "held_bytes": held,
         "rows": counts(options.subject, options.mode, batches, options.device, names),
     }  # fmt: skip

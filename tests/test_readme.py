@@ -82,6 +82,7 @@ def test_the_coverage_tables_are_what_their_results_files_give(library):
     text = (ROOT / "docs" / "models.md").read_text()
     results = json.loads((ROOT / "benchmarks" / "results" / f"coverage-{library}.json").read_text())
     assert "\n".join(coverage.families(results)) in text and results["command"].split(" --json")[0] in text
+    assert coverage.summary([coverage.Row(**each) for each in results["models"]]) in " ".join(text.split())
 
 
 def test_the_table_of_families_is_what_its_results_file_gives():
@@ -111,15 +112,17 @@ def test_the_tables_of_the_roofline_are_what_their_results_file_gives():
     assert "+dirty" not in results["environment"]["commit"]
 
 
-def test_the_table_of_alternatives_is_what_its_results_file_gives():
-    text, results = (ROOT / "docs" / "benchmarking.md").read_text(), results_of("alternatives")
+@pytest.mark.parametrize("name", ["alternatives", "alternatives-inplace-abn"])
+def test_the_tables_of_alternatives_are_what_their_results_files_give(name):
+    text, results = (ROOT / "docs" / "benchmarking.md").read_text(), results_of(name)
     assert "\n".join(script("peers").table(results)) in text and results["command"] in text
     assert "+dirty" not in results["environment"]["commit"]
 
 
-def test_the_count_of_models_that_agree_is_what_its_results_file_gives():
+@pytest.mark.parametrize("library", coverage.LIBRARIES)
+def test_the_counts_of_models_that_agree_are_what_their_results_files_give(library):
     text = " ".join((ROOT / "docs" / "models.md").read_text().split())
-    rows = agree.load(ROOT / "benchmarks" / "results" / "agree-timm.json")
+    rows = agree.load(ROOT / "benchmarks" / "results" / f"agree-{library}.json")
     assert agree.summary(rows) in text
     assert all(row.agreement["gradients"] < agreement.TOLERANCE for row in rows if row.agreement)
 
