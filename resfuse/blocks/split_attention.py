@@ -1,7 +1,8 @@
 """timm's split attention (ResNeSt): its wide convolution, BatchNorm and activation in one.
 
     y = act(bn(conv(x))), in `radix` parts;  out = sum over parts of y times its weight,
-    the weights a softmax over parts (of one, a sigmoid), for each channel, of two convolutions of the parts' mean
+    the weights a softmax over parts (of one, a sigmoid), for each channel, of two convolutions of the parts' sum,
+    averaged over pixels
 """
 
 from __future__ import annotations
