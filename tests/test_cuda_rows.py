@@ -247,6 +247,7 @@ BUGS = [  # file, what stands there, what stands there instead, what the emulato
     ("device/row_math.h", "(of_right ^ j * 16) + k * 2048", "(of_right ^ j * 16) + k * 1024", "numbers"),
     ("device/row_math.h", "k + (r >> 1) * 4;", "k + (r >> 1) * 2;", "numbers"),
     ("device/row_math.h", "byOutput ? b[j][d] : b[d][j]", "b[j][d]", "numbers"),
+    ("device/ptx.h", "if (smem_bytes > 0) {", "if (smem_bytes > 48 * 1024) {", "static bytes of shared memory"),
     ("conv_stats.cu", "  __syncthreads();  // the sums are whole\n", "", "race"),
     ("conv_stats.cu", "if (channels_left > 0) {", "{", "out-of-bounds|race"),
     ("expand.cu", "  __syncthreads();  // the sums are whole\n", "", "race"),

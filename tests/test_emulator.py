@@ -195,6 +195,37 @@ def test_builds_are_reused_and_errors_shown(tmp_path):
         emulator.build([source])
 
 
+SHARED = """
+#include "ptx.h"
+__global__ void kernel(int* out) {
+  SHARED_ARRAY(int, beside, 32);
+  SHARED_DYNAMIC(int, rows);
+  rows[threadIdx.x] = beside[threadIdx.x] = threadIdx.x;
+  out[threadIdx.x] = rows[threadIdx.x] + beside[threadIdx.x];
+}
+extern "C" int with_launch(int* out, int bytes, void* stream) {
+  return launch(kernel, dim3(1), dim3(32), bytes, cudaStream_t(stream), out);
+}
+extern "C" int without_asking(int* out, int bytes, void* stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(1), config.blockDim = dim3(32), config.dynamicSmemBytes = bytes;
+  return cudaLaunchKernelEx(&config, kernel, out);
+}
+"""
+
+
+def test_shared_memory_over_48_kilobytes_is_asked_for(tmp_path):
+    """Dynamic and static together, by each launch: a GPU keeps what an earlier one asked for."""
+    (tmp_path / "kernel.cu").write_text(SHARED)
+    library, out = Library(emulator.build([tmp_path / "kernel.cu"])), torch.empty(32, dtype=torch.int32)
+    for name, total in (("without_asking", 48 << 10), ("with_launch", 227 << 10), ("with_launch", 48 << 10)):
+        library.call(name, [(out, WRITE, "out")], total - 128)
+        assert torch.equal(out, 2 * torch.arange(32, dtype=torch.int32))
+        if total > 48 << 10 or name == "without_asking":
+            with pytest.raises(EmulatorError, match="^launch: .* dynamic and 128 static bytes of shared memory"):
+                library.call(name, [(out, WRITE, "out")], total - 127)
+
+
 # (name, kernel, text that occurs once, what replaces it, the message)
 BUGS = [
     ("no wait for cp.async", "microtests", "  cp_async_wait<0>();\n", "", "async-copy"),

@@ -91,6 +91,7 @@ class Call {
     }
     TORCH_CHECK(error == 0 && text.empty(), "emulated kernel: ", text);
 #else
+    if (error != 0) cudaGetLastError();  // or the next call that asks for it raises it again
     TORCH_CHECK(error == 0, "a CUDA kernel was not launched: ", cudaGetErrorString(cudaError_t(error)));
 #endif
   }

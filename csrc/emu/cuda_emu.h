@@ -59,6 +59,12 @@ EMU_VECTOR(unsigned char, uchar)
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
 
 // Each library has its own runtime. Types stay visible, or functions of them would be hidden too.
 #pragma GCC visibility push(hidden)
@@ -82,7 +88,9 @@ void check_atomic(void* p, size_t bytes);
 void fence_gpu();
 unsigned lane_id();
 [[noreturn]] void fail(const char* kind, const char* message);
-int run_grid(dim3 grid, dim3 block, size_t smem_bytes, void (*enter)(void*), void* params, size_t params_bytes);
+void ask_for_shared(const void* kernel, int dynamic_bytes);
+int run_grid(const void* kernel, const cudaLaunchConfig_t& config, void (*enter)(void*), void* params,
+             size_t params_bytes);
 
 template <class T>
 uint64_t to_bits(T v) {
@@ -366,8 +374,13 @@ void wgmma_wait(int groups_left);
 
 }  // namespace emu
 
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  emu::ask_for_shared(kernel, value);
+  return cudaSuccess;
+}
+
 template <class... P, class... A>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t, A... args) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A... args) {
   struct Call {
     void (*kernel)(P...);
     std::tuple<std::remove_cv_t<P>...> params;
@@ -376,6 +389,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_byte
       std::apply(call->kernel, call->params);
     }
   } call{kernel, {static_cast<P>(args)...}};
-  const int failed = emu::run_grid(grid, block, smem_bytes, &Call::enter, &call, sizeof call);
+  const auto id = reinterpret_cast<const void*>(kernel);
+  const int failed = emu::run_grid(id, *config, &Call::enter, &call, sizeof call);
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }

@@ -170,6 +170,7 @@ void prepare_block() {
   }
   g.floor = 0;
   g.statics.clear();
+  g.static_bytes = 0;
   g.read_sets.clear();
   g.mbarriers.clear();
   g.block_did_atomic = false;
@@ -305,10 +306,22 @@ void warp_collective(Collective kind, uint32_t mask, void* arg, CollectiveFn fn)
   if (kind == Collective::syncwarp) join_threads(ids, n);  // the only collective that orders memory
 }
 
-int run_grid(dim3 grid, dim3 block, size_t smem_bytes, void (*enter)(void*), void* params, size_t params_bytes) {
+void ask_for_shared(const void* kernel, int dynamic_bytes) {
+  g.asking = kernel;
+  g.asked_bytes = size_t(dynamic_bytes);
+}
+
+int run_grid(const void* kernel, const cudaLaunchConfig_t& config, void (*enter)(void*), void* params,
+             size_t params_bytes) {
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  const size_t smem_bytes = config.dynamicSmemBytes;
+  const bool asked = g.asking == kernel;
+  g.asking = nullptr;  // a GPU remembers it, which would hide a later launch that does not ask
   if (!g.error.empty()) return 1;
+  g.shared_allowed = asked ? shared_limit : shared_unasked;
+  const size_t dynamic_allowed = std::min(asked ? g.asked_bytes : shared_unasked, shared_limit);
   g.threads = block.x * block.y * block.z;
-  if (!g.threads || g.threads > max_threads || smem_bytes > shared_limit || !(grid.x && grid.y && grid.z) ||
+  if (!g.threads || g.threads > max_threads || smem_bytes > dynamic_allowed || !(grid.x && grid.y && grid.z) ||
       grid.y > 65535 || grid.z > 65535 || block.z > 64) {
     g.error = format("launch: invalid configuration: %u threads, %zu shared bytes, grid (%u,%u,%u)", g.threads,
                      smem_bytes, grid.x, grid.y, grid.z);

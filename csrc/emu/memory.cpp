@@ -185,6 +185,11 @@ void* shared_static(const void* key, size_t bytes, size_t align) {
   auto it = g.statics.find(key);
   if (it == g.statics.end()) {
     align = std::max<size_t>(align, 16);
+    g.static_bytes = (g.static_bytes + align - 1) / align * align + bytes;
+    if (g.dynamic_bytes + g.static_bytes > g.shared_allowed) {  // which a GPU says before it starts the kernel
+      fail_at("launch", format("%zu dynamic and %zu static bytes of shared memory, of %zu that the launch may have",
+                               g.dynamic_bytes, g.static_bytes, g.shared_allowed), EMU_SITE);
+    }
     const size_t at = (g.arena_used + align - 1) / align * align;
     g.arena_used = at + bytes + redzone;
     if (g.arena_used > arena_bytes) fail_at("launch", "shared memory exhausted", EMU_SITE);

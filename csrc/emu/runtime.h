@@ -21,7 +21,8 @@ namespace emu {
 
 constexpr unsigned max_threads = 1024;
 constexpr size_t stack_bytes = 256 << 10, arena_bytes = 1 << 20, redzone = 128;
-constexpr size_t shared_limit = 227 << 10;  // of a block on sm_90
+constexpr size_t shared_limit = 227 << 10;   // of a block on sm_90
+constexpr size_t shared_unasked = 48 << 10;  // of one whose launch did not ask for more
 constexpr uint32_t arena_base = 0x400;  // 32-bit shared address of the dynamic part's first byte
 
 enum class State : uint8_t { runnable, blocked, exited };
@@ -135,7 +136,9 @@ struct Runtime {
   Fiber* me = nullptr;
   unsigned my_id = 0;
   uint32_t floor = 0;  // clocks <= floor are ordered before everything that follows
-  size_t dynamic_bytes = 0, arena_used = 0;
+  const void* asking = nullptr;  // the kernel for which the next launch may have asked_bytes of dynamic shared memory
+  size_t asked_bytes = 0;
+  size_t shared_allowed = 0, dynamic_bytes = 0, static_bytes = 0, arena_used = 0;
   std::map<const void*, size_t> statics;
   std::vector<SharedCell> cells;
   std::vector<std::vector<uint32_t>> read_sets;

@@ -172,10 +172,10 @@ DEVICE_FN void named_barrier_sync(int id, int threads) {
 #endif
 }
 
-#ifdef __CUDACC__
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream, A... args) {
-  if (smem_bytes > 48 * 1024) {
+  // Needed as soon as these bytes and the kernel's SHARED_ARRAYs, whose size is not known here, pass 48 KB together.
+  if (smem_bytes > 0) {
     const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem_bytes));
     if (e != cudaSuccess) return e;
@@ -187,4 +187,3 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t smem_byte
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 }
-#endif
