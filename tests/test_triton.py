@@ -96,6 +96,7 @@ def test_blocks_whose_recipes_are_written_first(name, rows, runner, monkeypatch)
     """As on a GPU where that was measured to be quicker; the operands of products are tensors then."""
     asked, tile = set(), _table.tile
     monkeypatch.setattr(_table, "written_first", lambda *_: True)
+    monkeypatch.setattr(_table, "narrow", lambda *_: False)
     monkeypatch.setattr(_table, "tile", lambda primitive, *rest: (asked.add(primitive), tile(primitive, *rest))[1])
     monkeypatch.setattr(cost, "covariance_rows", lambda *_: rows)
     monkeypatch.setattr(cost, "gpu_covariance_rows", lambda *_: rows)

@@ -54,6 +54,7 @@ HOPPER, BLACKWELL = range(90, 100), range(100, 1000)
 H100 = "measured on an H100"
 FEW = "few channels fill no larger tile"
 TWO = "two blocks of eight warps on a multiprocessor: what one waits for, the other hides"
+THREE = "three blocks on a multiprocessor, each with two blocks of rows on their way"
 VECTOR_UNITS = "float32 on the vector units: 16 sums a thread"
 PIXELS = "the addresses of a window's pixels leave fewer registers for the sums"
 FEW_ROWS = Rule(Tile(64, 32, 32, 4, 3, FEW), 2, 32)
@@ -74,6 +75,11 @@ TABLE = {
         Rule(Tile(128, 128, 64, 8, 3, "arithmetic weighs more: the largest tile whose sums stay in registers"), 2),
         *FLOAT32_ROWS,
     ),
+    "expand_narrow": (
+        Rule(Tile(64, 32, 0, 4, 3, FEW), 2, 32),
+        Rule(Tile(64, 64, 0, 4, 3, f"{THREE}; 268 us at stage 1 on an H200, 381 block by block", 396), 2),
+        Rule(Tile(32, 32, 0, 8, 2, VECTOR_UNITS), 4),
+    ),
     "expand_dgrad": (
         FEW_ROWS,
         Rule(Tile(128, 64, 32, 4, 4, H100), 2, 64, HOPPER),
@@ -90,6 +96,11 @@ TABLE = {
         FLOAT32_ROWS[0],
         Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4, None, range(90, 1000)),
         Rule(Tile(64, 32, 32, 8, 2, "before Hopper tf32 leaves fewer registers for the sums"), 4),
+    ),
+    "dgrad_narrow": (
+        Rule(Tile(64, 32, 0, 4, 3, FEW), 2, 32),
+        Rule(Tile(64, 64, 0, 4, 3, f"{THREE}; 364 us at stage 1 on an H200, 466 block by block", 396), 2),
+        Rule(Tile(32, 32, 0, 8, 2, VECTOR_UNITS), 4),
     ),
     "conv_window": (
         FEW_ROWS,
@@ -112,6 +123,15 @@ TABLE = {
         Rule(Tile(64, 64, 32, 8, 3, "synchronous products: many warps hide one another's waits"), 2),
         Rule(Tile(64, 64, 32, 8, 2, VECTOR_UNITS), 4, None, range(90, 1000)),
         Rule(Tile(64, 32, 32, 8, 2, PIXELS), 4),
+    ),
+    "conv_few": (  # depth is a line of the window's
+        Rule(Tile(128, 32, 0, 4, 3, FEW), None, 32),
+        Rule(Tile(128, 64, 0, 4, 4, "a line of a 7x7's a step: many on their way; the fastest of five on an H200"), 2),
+        Rule(Tile(64, 64, 0, 8, 2, VECTOR_UNITS), 4),
+    ),
+    "few_wgrad": (  # of rows x all lines of the window
+        Rule(Tile(64, 0, 64, 8, 3, "all values of a window beside 64 outputs: 64 sums a thread", 264), 2),
+        Rule(Tile(32, 0, 32, 8, 2, VECTOR_UNITS), 4),
     ),
     "covariance": (
         Rule(Tile(32, 32, 32, 4, 2, FEW), None, 32),
@@ -177,6 +197,25 @@ def written_first(recipe: Tensor, arch: int) -> bool:
     tiles. On an H100 at stages 2 to 4 the two gradients of a 1x1 took 469 / 382 / 341 us from a recipe and 385 / 278 /
     217 us with it written first; with 64 channels a pass more over the rows weighs more than what it spares."""
     return recipe.element_size() == 2 and recipe.shape[1] >= 128 and arch in HOPPER
+
+
+def narrow(like: Tensor, inner: int, arch: int) -> bool:
+    """Whether a program of a product of `inner` channels goes through blocks of rows (`_narrow.py`). On an H200 at
+    stage 1 that was 1.4 times as fast in `expand` and 1.3 times in `conv_backward` as a program for each."""
+    return like.element_size() == 2 and inner <= 64 and arch in HOPPER
+
+
+def few_channels(like: Tensor, arch: int) -> bool:
+    """Whether a network's first convolution, and its weight's gradient, are ours. On an H200 ResNet-50's, with
+    statistics, took 588 us and the vendor's 1770 without; its weight's gradient 722 us with BatchNorm's backward in it,
+    the vendor's 1100 without."""
+    return like.element_size() == 2 and arch in HOPPER
+
+
+def by_vendor(like: Tensor, outer: int, inner: int, arch: int) -> bool:
+    """Whether a weight's gradient from two tensors is the vendor's product. On an H200 that took 71 / 42 / 38 us at
+    stages 2 to 4 in eager's step, ours 97 / 98 / 95 in this set's: its blocks share what they read."""
+    return like.is_cuda and like.element_size() == 2 and min(outer, inner) >= 128 and arch in HOPPER
 
 
 def ours(kernel: str, weight: Tensor, geometry: Geometry, arch: int) -> bool:

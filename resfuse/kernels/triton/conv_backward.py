@@ -13,7 +13,9 @@ from torch import Tensor
 from ..interface import Act, Addend, BNGrad, Geometry, Grad, Masked, Strided, Summed
 from ..vendor import conv_grads
 from . import _operands, _table
+from ._few_channels import few_wgrad, fits
 from ._launch import arch, launch
+from ._narrow import dgrad_narrow
 from ._outer_product import outer_product
 from ._tiles import add_grad_product, load_grad
 from ._window import conv_window_dgrad, conv_window_wgrad
@@ -96,6 +98,9 @@ def _dgrad(grad: Grad, matrix: Tensor, add: Addend) -> Tensor:
         strided = _strided(add, da)
     elif add is not None:
         beside = _operands.grad(add)
+    if beside is not _operands.NO_GRAD and _table.narrow(da, outer, arch(da)):
+        dgrad_narrow(args, matrix, beside, da, _table.tile("dgrad_narrow", da.dtype, channels, arch(da)))
+        return da
     plain = isinstance(grad, Tensor) and strided is NOT_STRIDED  # whose addresses would spill
     name = "conv_backward of tensors" if plain else "conv_backward"
     tile = _table.tile(name, da.dtype, channels, arch(da))
@@ -127,7 +132,9 @@ def _window(
     made = arch(weight)
     if needs[0] and _table.ours("conv_window_dgrad", weight, geometry, made):
         da = conv_window_dgrad(grad, a, weight, geometry, mean if add is None else None)
-    if needs[1] and _table.ours("conv_window_wgrad", weight, geometry, made):
+    if needs[1] and fits(a, weight, geometry) and _table.few_channels(weight, made):
+        dweight = few_wgrad(grad, a, weight, geometry)
+    elif needs[1] and _table.ours("conv_window_wgrad", weight, geometry, made):
         dweight = conv_window_wgrad(grad, a, weight, geometry)
     rest = needs[0] and da is None, needs[1] and dweight is None
     if any(rest):

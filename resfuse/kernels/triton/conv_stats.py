@@ -12,6 +12,7 @@ from torch import Tensor
 from ..interface import Act, Geometry, Norm, Stats
 from ..vendor import conv
 from . import _operands, _table
+from ._few_channels import conv_few, fits
 from ._launch import arch, launch
 from ._moments import merge_moments, store_moments, tile_moments
 from ._tiles import add_act_product, row_starts
@@ -50,6 +51,8 @@ def _conv_stats(
 
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
     if not is_product(weight, geometry):
+        if fits(a, weight, geometry) and _table.few_channels(weight, arch(weight)):
+            return conv_few(a, weight, geometry, stats)
         if _table.ours("conv_window", weight, geometry, arch(weight)):
             return conv_window(a, weight, geometry, stats)
         z = conv(materialised(a), weight, geometry)

@@ -13,6 +13,7 @@ from ..interface import Act, Norm, Second, Sum, Want, Written
 from . import _operands, _table
 from ._launch import arch, launch
 from ._moments import merge_moments, store_moments, tile_moments
+from ._narrow import expand_narrow
 from ._sum import load_residual, write_sum
 from ._tiles import add_act_product, load_tile, load_vector, row_starts
 
@@ -75,21 +76,28 @@ def write(a: Act, weight: Tensor | None, scale: Tensor, shift: Tensor, total: Su
     channels, outputs, count = args.x.shape[1], scale.shape[0], _operands.rows(args.x)
     out = _operands.empty_rows(args.x, outputs)
     mask = out.new_empty((count, -(-outputs // 8)), dtype=torch.uint8) if want.mask else None
+    summed, second = _operands.total(total, out, outputs), total.residual
+    flags = {
+        "RELU": total.relu, "A_RELU": _operands.relu(a),
+        "RESIDUAL_RELU": isinstance(second, Norm) and second.relu,
+    }  # fmt: skip
+    simple = weight is not None and summed.residual is not None and total.gate is None
+    if simple and _table.narrow(out, channels, arch(out)):
+        tile = _table.tile("expand_narrow", out.dtype, outputs, arch(out))
+        partial = expand_narrow(args, weight, scale, shift, summed, out, mask, want.stats, tile, **flags)
+        return Written(out, mask, None if partial is None else merge_moments(partial, tile.rows, count))
     # A gate is one tile more in registers: as few channels at a time as a narrow block takes.
     tile = _table.tile("expand", out.dtype, outputs if total.gate is None else min(outputs, 512), arch(out))
     blocks, columns = -(-count // tile.rows), -(-outputs // tile.channels)
     partial = torch.empty((blocks, 2, outputs), dtype=torch.float32, device=out.device) if want.stats else None
-    second, beside = total.residual, (_operands.NO_ACT, None, None, None)
-    held = 0
+    beside, held = (_operands.NO_ACT, None, None, None), 0
     if isinstance(second, Second):
         beside = _operands.act(second.x), second.weight, second.scale, second.shift
         held = second.weight.shape[1]
     launch(
         _expand, blocks * columns, out, args, weight, scale, shift, *beside,
-        _operands.total(total, out, outputs), out, _operands.words(mask, outputs), partial, count, channels, held,
-        outputs, RELU=total.relu, A_RELU=_operands.relu(a),
-        SECOND_RELU=held > 0 and _operands.relu(second.x),
-        RESIDUAL_RELU=isinstance(second, Norm) and second.relu, EVEN_C=channels % tile.depth == 0,
+        summed, out, _operands.words(mask, outputs), partial, count, channels, held, outputs, **flags,
+        SECOND_RELU=held > 0 and _operands.relu(second.x), EVEN_C=channels % tile.depth == 0,
         EVEN_D=held % tile.depth == 0, EVEN_K=outputs % tile.channels == 0, PRECISION=_operands.precision(out),
         BLOCK_M=tile.rows, BLOCK_N=tile.channels, BLOCK_K=tile.depth, **tile.options,
     )
