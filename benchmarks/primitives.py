@@ -90,17 +90,17 @@ def with_windows(k: SimpleNamespace) -> SimpleNamespace:
 
 
 @contextmanager
-def _warpgroups() -> Iterator[None]:
-    os.environ["RESFUSE_WGMMA"] = "1"
+def _warpgroups(asked: str) -> Iterator[None]:
+    os.environ["RESFUSE_WGMMA"] = asked
     try:
         yield
     finally:
         del os.environ["RESFUSE_WGMMA"]
 
 
-def with_warpgroups(k: SimpleNamespace) -> SimpleNamespace:
-    """The CUDA set with Hopper's products by rows in place of those of every GPU's."""
-    return SimpleNamespace(**{name: _warpgroups()(getattr(k, name)) for name in BY_ROWS})
+def with_warpgroups(k: SimpleNamespace, asked: str) -> SimpleNamespace:
+    """The CUDA set with all its products by rows by Hopper's warpgroups ("1") or by warps ("0")."""
+    return SimpleNamespace(**{name: _warpgroups(asked)(getattr(k, name)) for name in BY_ROWS})
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, size: int, side: int) -> dict[str, Callable[[], object]]:
@@ -208,7 +208,8 @@ def measure(
         if "3x3" in name and "triton" in kernels:
             candidates["triton, own windows"] = with_windows(kernels["triton"])
         if primitive in BY_ROWS and not name.startswith("3x3") and not name.endswith("weight") and "cuda" in kernels:
-            candidates["cuda, warpgroups"] = with_warpgroups(kernels["cuda"])
+            for by, asked in (("warpgroups", "1"), ("warps", "0")):
+                candidates[f"cuda, {by}"] = with_warpgroups(kernels["cuda"], asked)
         for chosen, k in candidates.items():
             found = zip(_tensors(work.call(k)), exact, strict=True)
             errors[chosen] = max(relative_error(ours, theirs) for ours, theirs in found)

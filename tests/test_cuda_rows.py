@@ -69,8 +69,8 @@ def matrix(t):
 @pytest.fixture
 def precision(request, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", request.param == "tf32")
-    if request.param == "warpgroups":  # on other GPUs than Hopper it changes nothing
-        monkeypatch.setenv("RESFUSE_WGMMA", "1")
+    # On other GPUs than Hopper it changes nothing.
+    monkeypatch.setenv("RESFUSE_WGMMA", "1" if request.param == "warpgroups" else "0")
     dtypes = {"tf32": torch.float32, "warpgroups": torch.bfloat16}
     return request.param, dtypes.get(request.param) or getattr(torch, request.param)
 
@@ -143,7 +143,8 @@ def products_by_rows(pixels, outer, inner, precision, slack, runs):
 def test_warpgroups_give_the_same_bits(monkeypatch):
     """Products by wgmma, in another order of threads, beside those by mma.sync: the emulator's units round alike."""
     for case in (CASES[0], CASES[2]):
-        with emulated():
+        with monkeypatch.context() as asked, emulated():
+            asked.setenv("RESFUSE_WGMMA", "0")
             expected = results(*case, torch.bfloat16)[1]
         with monkeypatch.context() as asked, emulated(order=2, seed=7) as library:
             asked.setenv("RESFUSE_WGMMA", "1")
@@ -274,6 +275,7 @@ BUGS = [  # file, what stands there, what stands there instead, what the emulato
 def everything():
     """Something of every kernel, on all shapes. For a process of its own."""
     found = []
+    os.environ["RESFUSE_WGMMA"] = "0"
     for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
         torch.backends.cudnn.allow_tf32 = tf32
         for case in CASES:

@@ -60,7 +60,7 @@ int conv_dgrad(DType dtype, const Gradient& g, const void* weight, const Gradien
     return launch(kernel, tiles<Math>(rows, channels), dim3(Math::kThreads), shared, static_cast<cudaStream_t>(stream),
                   g, static_cast<const T*>(weight), add, static_cast<T*>(dz), static_cast<T*>(da), int(rows), channels);
   };
-  return with_math<false>(dtype, batch_norm ? 64 : channels, even, tf32, [&](auto math) {
+  return with_math<false, 0>(dtype, batch_norm ? 64 : channels, even, tf32, [&](auto math) {
     using Math = decltype(math);
     using Plain = GradientRows<Math, true, false>;
     if constexpr (Math::kColumns == 64) {

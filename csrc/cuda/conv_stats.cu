@@ -52,7 +52,7 @@ int row_tile(DType dtype) { return dtype == DType::kFloat ? Exact<true>::kRows :
 int conv_stats(DType dtype, const Activation& a, const void* weight, bool tf32, void* z, float* partial, float* mean,
                float* var, int64_t rows, int outputs, bool even, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  const int error = with_math<true>(dtype, outputs, even, tf32, [&](auto math) {
+  const int error = with_math<true, 64>(dtype, outputs, even, tf32, [&](auto math) {
     using Math = decltype(math);
     using T = typename Math::Storage;
     auto kernel = conv_kernel<Math, true>;

@@ -77,7 +77,7 @@ int expand(DType dtype, const Activation& a, const void* weight, const Activatio
   const auto on = static_cast<cudaStream_t>(stream);
   const bool beside = second_weight != nullptr;
   // Sums of two products take the registers, and their tiles the shared memory, of one twice as wide.
-  const int error = with_math<true>(dtype, beside ? 64 : sum.channels, even, tf32, [&](auto math) {
+  const int error = with_math<true, 128>(dtype, beside ? 64 : sum.channels, even, tf32, [&](auto math) {
     using Math = decltype(math);
     using T = typename Math::Storage;
     auto kernel = expand_kernel<Math, true, false>;

@@ -81,7 +81,7 @@ dgrad_kernel(Gradient g, const void* __restrict__ u, bool wide_u, Activation a,
 int expand_dgrad(DType dtype, const Gradient& g, const void* u, bool wide_u, const Activation& a, const void* wg,
                  const void* q, const float* q_scale, const float* c, bool relu, bool tf32, void* da, int64_t rows,
                  bool even, void* stream) {
-  return with_math<false>(dtype, a.x.channels, even, tf32, [&](auto math) {
+  return with_math<false, 64>(dtype, a.x.channels, even, tf32, [&](auto math) {
     using Math = decltype(math);
     using T = typename Math::Storage;
     auto kernel = dgrad_kernel<Math, true>;

@@ -120,10 +120,11 @@ struct Warpgroups : Short<__nv_bfloat16, kWidth, byOutput> {
   }
 };
 
-// Whether bfloat16's are taken so: nothing has measured yet where they are the faster, and RESFUSE_WGMMA=1 asks for them.
-inline bool by_warpgroups() {
+// Whether bfloat16's are taken so: where they were measured to be the faster, or everywhere by RESFUSE_WGMMA=1, or
+// nowhere by 0.
+inline bool by_warpgroups(bool faster) {
   const char* const asked = std::getenv("RESFUSE_WGMMA");
-  if (asked == nullptr || std::strcmp(asked, "1") != 0) return false;
+  if (asked != nullptr ? std::strcmp(asked, "1") != 0 : !faster) return false;
 #ifdef __CUDACC__
   int device = 0, major = 0, minor = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
@@ -226,12 +227,13 @@ struct Exact : Wide<byOutput> {
   }
 };
 
-// f called with how products of a dtype are taken; even: 128 columns a tile where the result has more than 64.
-template <bool byOutput, class F>
+// f called with how products of a dtype are taken; even: 128 columns a tile where the result has more than 64. faster:
+// columns of the tiles, 64 or 128, that a kernel's warpgroups were measured to be faster with, or 0.
+template <bool byOutput, int faster, class F>
 int with_math(DType dtype, int columns, bool even, bool tf32, const F& f) {
   const bool narrow = columns <= 64 || !even;
   if (dtype == DType::kFloat) return tf32 ? f(Tf32<byOutput>{}) : f(Exact<byOutput>{});
-  if (dtype == DType::kBFloat16 && even && by_warpgroups())
+  if (dtype == DType::kBFloat16 && even && by_warpgroups(faster == (narrow ? 64 : 128)))
     return narrow ? f(Warpgroups<64, byOutput>{}) : f(Warpgroups<128, byOutput>{});
   if (dtype == DType::kBFloat16)
     return narrow ? f(Short<__nv_bfloat16, 64, byOutput>{}) : f(Short<__nv_bfloat16, 128, byOutput>{});
