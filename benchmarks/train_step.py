@@ -2,11 +2,13 @@
 another, what the host and the device take of it, a step captured as a CUDA graph, peak memory.
 
     python -m benchmarks.train_step --out FILE --ways eager,torch.compile,resfuse
+    python -m benchmarks.train_step --table FILE        the table of docs/gpu.md from such a file
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,11 +52,12 @@ class Step:
 
 
 def measure(
-    name: str, batch: int, side: int, device: torch.device, ways: Sequence[str], rounds: int = 10, row: int = 3
+    name: str, batch: int, side: int, device: torch.device, ways: Sequence[str], rounds: int = 10, row: int = 10
 ) -> dict[str, dict]:
-    """Of each way: step_ms and host_ms, medians of `rounds` rows of steps, interleaved, with the least and the most;
-    device_ms, the sum of a step's kernels, and how many; graph_ms; peak_gib above what is held before it; warm_s of the
-    first steps, a compiler's time among them; the loss after them."""
+    """Of each way: step_ms, medians of `rounds` rows of steps, interleaved, with the least and the most; host_ms, the
+    host's part of single steps, which find nothing queued; device_ms, the sum of a step's kernels, and how many;
+    graph_ms; peak_gib above what is held before it; warm_s of the first steps, a compiler's time among them; the loss
+    after them."""
     torch.backends.cudnn.benchmark = True
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(batch, 3, side, side, generator=generator, device=device)
@@ -68,8 +71,10 @@ def measure(
         model.load_state_dict(start)
         steps[way] = Step(WAYS[way](model.to(device, memory_format=torch.channels_last)), x, target)
         found[way] = _warm(steps[way], device)
-    for way, (all_, host) in timed(steps, rounds, row, device).items():
-        found[way] |= {"step_ms": _spread(all_), "host_ms": _spread(host)}
+    for way, (all_, _) in timed(steps, rounds, row, device).items():
+        found[way] |= {"step_ms": _spread(all_)}
+    for way, (_, host) in timed(steps, rounds, 1, device).items():
+        found[way] |= {"host_ms": _spread(host)}
     if device.type == "cuda":
         for way, step in steps.items():
             found[way] |= device_time(step)
@@ -146,20 +151,44 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def table(results: dict) -> list[str]:
+    """Lines of Markdown from what `measure` gave, each way beside eager."""
+    found = results.get("resnet50", results)
+    eager = found["eager"]
+    lines = ["| | step, ms | | kernels, ms | | as a graph, ms | | kernels | peak, GiB | | loss |", "|---" * 11 + "|"]
+    for way, row in found.items():
+        if not isinstance(row, dict):
+            continue
+        cells = []
+        for name in ("step_ms", "device_ms", "graph_ms"):
+            ours, theirs = (r[name]["median"] if isinstance(r[name], dict) else r[name] for r in (row, eager))
+            spread = f" ({row[name]['low']:.4g}-{row[name]['high']:.4g})" if isinstance(row[name], dict) else ""
+            cells += [f"{ours:.4g}{spread}", f"{theirs / ours:.2f}x"]
+        cells += [row["kernels"], f"{row['peak_gib']:.4g}", f"{row['peak_gib'] / eager['peak_gib']:.2f}x"]
+        lines.append("| " + " | ".join(map(str, [way, *cells, f"{row['loss']:.4g}"])) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, metavar="FILE")
+    what.add_argument("--table", type=Path, metavar="FILE", help="print an earlier run's table")
     parser.add_argument("--model", default="resnet50", help="torchvision's name")
     parser.add_argument("--ways", default="eager,resfuse", help=f"of {', '.join(WAYS)}; default eager,resfuse")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--side", type=int, default=224, help="pixels")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--row", type=int, default=10, help="steps in a row, waited for at its end")
     options = parser.parse_args()
+    if options.table:
+        print("\n".join(table(json.loads(options.table.read_text()))))
+        return
     ways = options.ways.split(",")
     if unknown := set(ways).difference(WAYS):
         parser.error(f"--ways: {', '.join(sorted(unknown))}, which is not of {', '.join(WAYS)}")
-    found = measure(options.model, options.batch, options.side, options.device, ways, options.rounds)
+    found = measure(options.model, options.batch, options.side, options.device, ways, options.rounds, options.row)
     facts = {"model": options.model, "batch": options.batch, "side": options.side}
     write_json(options.out, {"environment": environment(options.device), **facts, **found})
     for name, row in found.items():

@@ -28,9 +28,6 @@ DERIVED = {  # ratios and rates, each made from a results file here
     "docs/roofline.md": ("h100", lambda g: [
         roofline_floor(name) / g["resnet50"][name]["device_ms"] for name in ("eager", "resfuse")
     ]),
-    "docs/gpu.md": ("h100", lambda g: [
-        256e3 / g["resnet50"]["resfuse"][name]["median"] for name in ("step_ms", "graph_ms")
-    ]),
 }  # fmt: skip
 
 

@@ -67,9 +67,9 @@ class OnGPU:
         def call(*arguments):
             copies = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
             results = operator(*copies)
-            if results is None:  # it writes to its operands
-                for argument, copy in zip(arguments, copies, strict=True):
-                    if isinstance(argument, torch.Tensor):
+            if results is None:  # it writes to operands, and autograd counts each write
+                for argument, copy, declared in zip(arguments, copies, operator.default._schema.arguments, strict=True):
+                    if argument is not None and declared.is_write:
                         argument.copy_(copy)
                 return None
             return results.cpu() if isinstance(results, torch.Tensor) else tuple(t.cpu() for t in results)
