@@ -19,7 +19,7 @@ from ..interface import Geometry, Grad, Stats
 from ..nvidia import check_stored
 from . import _launch, _operands, _table
 from ._launch import arch, launch
-from ._moments import merge_moments, store_moments, tile_moments
+from ._moments import merge_moments, store_output
 from ._outer_product import merge_products
 from ._tiles import as_read, load_grad
 
@@ -75,13 +75,7 @@ def _conv_few(
         else:
             w = tl.load(at, mask=(cols < K)[:, None], other=0.0)
         acc = tl.dot(as_read(t, PRECISION), as_read(w, PRECISION).T, acc, input_precision=PRECISION)
-    t = (acc + 0.0).to(z.dtype.element_ty)
-    held = inside[:, None] if EVEN_K else inside[:, None] & (cols < K)[None, :]
-    tl.store(z + index.to(tl.int64)[:, None] * K + cols[None, :], t, mask=held)
-    if partial is not None:
-        count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean, squares = tile_moments(t.to(tl.float32), inside, count)
-        store_moments(partial, block, cols, K, K, mean, squares)
+    store_output(z, partial, acc + 0.0, block, index, cols, inside, M, K, K, EVEN_K, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["steps", "each"])

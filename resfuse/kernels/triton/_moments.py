@@ -33,6 +33,21 @@ def store_moments(partial, share, cols, channels, limit, mean, squares):
 
 
 @triton.jit
+def store_output(
+    z, partial, acc, block, index, cols, inside, M, channels, limit, EVEN: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Store a product's tile in storage dtype, its columns before `limit`, and the moments of what was stored as its
+    block's share, if partial [blocks of rows, 2, channels] is given."""
+    t = acc.to(z.dtype.element_ty)
+    held = inside[:, None] if EVEN else inside[:, None] & (cols < limit)[None, :]
+    tl.store(z + index.to(tl.int64)[:, None] * channels + cols[None, :], t, mask=held)
+    if partial is not None:
+        count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
+        mean, squares = tile_moments(t.to(tl.float32), inside, count)
+        store_moments(partial, block, cols, channels, limit, mean, squares)
+
+
+@triton.jit
 def store_gradient(da, partial, t, x, mean, block, index, cols, inside, channels, limit, EVEN: tl.constexpr):
     """Store a gradient's tile in storage dtype, its columns before `limit`, and the sums of it and of it times
     (x - mean) as its block's share, if partial [blocks of rows, 2, channels] is given."""

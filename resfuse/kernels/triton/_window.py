@@ -23,7 +23,7 @@ from torch import Tensor
 from ..interface import Act, BNGrad, Geometry, Grad, Masked, Norm, Stats, Summed
 from . import _operands, _table
 from ._launch import arch, launch
-from ._moments import fewer_shares, merge_moments, store_gradient, store_moments, tile_moments
+from ._moments import fewer_shares, merge_moments, store_gradient, store_output
 from ._outer_product import merge_products
 from ._tiles import activate, as_read, load_grad, load_tile, load_vector, rectify
 from .select import written
@@ -73,13 +73,8 @@ def _conv_window(
         else:
             f = tl.load(at, mask=(own < outer)[:, None] & (depth < inner)[None, :], other=0.0)
         acc = tl.dot(as_read(t, PRECISION), as_read(f, PRECISION).T, acc, input_precision=PRECISION)
-    t = (acc + 0.0).to(z.dtype.element_ty)
-    held = inside[:, None] if EVEN_K else inside[:, None] & (own < outer)[None, :]
-    tl.store(z + index.to(tl.int64)[:, None] * K + (group * outer + own)[None, :], t, mask=held)
-    if partial is not None:
-        count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean, squares = tile_moments(t.to(tl.float32), inside, count)
-        store_moments(partial, block, group * outer + own, K, group * outer + outer, mean, squares)
+    cols, limit = group * outer + own, group * outer + outer
+    store_output(z, partial, acc + 0.0, block, index, cols, inside, M, K, limit, EVEN_K, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["M", "each"])

@@ -14,7 +14,7 @@ from ..vendor import conv
 from . import _operands, _table
 from ._few_channels import conv_few, fits
 from ._launch import arch, launch
-from ._moments import merge_moments, store_moments, tile_moments
+from ._moments import merge_moments, store_output
 from ._tiles import add_act_product, row_starts
 from ._window import conv_window
 from .apply import materialised
@@ -40,13 +40,7 @@ def _conv_stats(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32), a, weight, row_starts(a.view, index, C), inside, cols, C, K, RELU,
         EVEN_C, EVEN_K, PRECISION, BLOCK_K,
     )
-    t = acc.to(z.dtype.element_ty)
-    held = inside[:, None] if EVEN_K else inside[:, None] & (cols < K)[None, :]
-    tl.store(z + index.to(tl.int64)[:, None] * K + cols[None, :], t, mask=held)
-    if partial is not None:
-        count = tl.minimum(M - block * BLOCK_M, BLOCK_M).to(tl.float32)
-        mean, squares = tile_moments(t.to(tl.float32), inside, count)
-        store_moments(partial, block, cols, K, K, mean, squares)
+    store_output(z, partial, acc, block, index, cols, inside, M, K, K, EVEN_K, BLOCK_M)
 
 
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
