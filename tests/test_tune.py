@@ -17,12 +17,14 @@ CPU = torch.device("cpu")
 TILE = Tile(64, 64, 32, 8, 3, "")
 
 
-def test_neighbours_differ_in_one_size():
+def test_neighbours_differ_in_one_size_or_a_side_and_the_warps():
     found = [(t.rows, t.channels, t.depth, t.warps, t.stages) for t in tune.neighbours(TILE)]
     assert found == [
         (32, 64, 32, 8, 3), (128, 64, 32, 8, 3), (64, 32, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 64, 8, 3),
         (64, 64, 32, 4, 3), (64, 64, 32, 16, 3), (64, 64, 32, 8, 2), (64, 64, 32, 8, 4),
+        (32, 64, 32, 4, 3), (128, 64, 32, 16, 3), (64, 32, 32, 4, 3), (64, 128, 32, 16, 3),
     ]  # fmt: skip
+    assert {t.stages for t in tune.neighbours(Tile(64, 64, 0, 4, 3, ""))} == {2, 3, 4}  # rows block by block
     assert all(t.depth == 0 and t.stages == 1 for t in tune.neighbours(Tile(64, 64, 0, 4, 1, "")))
     assert not any(t.rows * t.channels > tune.LARGEST for t in tune.neighbours(Tile(128, 256, 32, 8, 3, "")))
 

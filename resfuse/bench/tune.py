@@ -110,16 +110,18 @@ def note(cases: Sequence[Case], dtype: torch.dtype, device: torch.device) -> lis
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
-    """Tiles that differ in one size: twice or half, a stage more or less."""
-    for name, (least, most) in LIMITS.items():
-        size = getattr(tile, name)
-        if size == 0:  # nothing is summed
+    """Tiles that differ in one size, twice or half, a stage more or less; or in a side and the warps alike, which leaves
+    a thread the sums that it has."""
+    sides = [name for name in ("rows", "channels") if getattr(tile, name)]
+    for names in (*((name,) for name in LIMITS), *((name, "warps") for name in sides)):
+        sizes = {name: getattr(tile, name) for name in names}
+        if not all(sizes.values()) or ("stages" in sizes and tile.depth == 0 and tile.stages == 1):  # nothing is summed
             continue
-        if name == "stages" and tile.depth == 0:
-            continue
-        for other in (size - 1, size + 1) if name == "stages" else (size // 2, size * 2):
-            varied = replace(tile, **{name: other})
-            if least <= other <= most and varied.rows * varied.channels <= LARGEST:
+        for step in (-1, 1):
+            others = {n: size + step if n == "stages" else int(size * 2.0**step) for n, size in sizes.items()}
+            varied = replace(tile, **others)
+            fits = all(LIMITS[name][0] <= other <= LIMITS[name][1] for name, other in others.items())
+            if fits and varied.rows * varied.channels <= LARGEST:
                 yield varied
 
 
