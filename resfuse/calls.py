@@ -23,6 +23,7 @@ from .functions import branches, cost
 from .functions.block import BlockFunction
 from .functions.bn_relu import BNReluFunction, PoolSpec
 from .functions.branches import Inputs, Shortcut, Spec, Steps
+from .functions.image import ImageFunction, ImageSpec
 from .functions.unit import COVARIANCE, KEEP, LINEAR, RECOMPUTE, Running, Tensors, Unit
 from .kernels import dispatch
 from .kernels.interface import Stats, Window, wide
@@ -39,6 +40,21 @@ def bn_relu(
     """`functional.bn_relu`."""
     spec, flat = described_pool(x, bn, pool, stats, backend=backend, steps=steps)
     return run(BNReluFunction, spec, flat, x.device.type, x.dtype)
+
+
+def image_conv(x: Tensor, conv: Conv, stats: bool, *, backend: str) -> tuple[Tensor, Stats | None] | None:
+    """`functional.image_conv`."""
+    dtype = arguments.storage_dtype(x)
+    k = dispatch.kernels(backend, x.device.type, dtype)
+    if conv.bias is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    if not k.takes_image(x, dtype, conv.weight, conv.geometry):
+        return None
+    arguments.check_image(x)
+    arguments.output_shape(x.shape, conv, "conv")
+    arguments.check_tensors(x, dtype, conv, conv.weight.shape[0], "conv")
+    z, mean, var = ImageFunction.apply(ImageSpec(conv.geometry, stats, backend), x.to(dtype), conv.weight)
+    return z, Stats(mean, var) if stats else None
 
 
 def described_pool(

@@ -30,8 +30,8 @@ from .kernels.interface import Stats, Window
 
 __all__ = [
     "BN", "Activation", "ArgumentError", "Block", "Conv", "ConvBN", "Form", "Pooled", "Stats", "Window", "ZeroPad",
-    "basic_block", "bn_relu", "bottleneck", "conv_bn_add_relu", "conv_bn_relu", "forms", "preactivation", "run",
-    "stem",
+    "basic_block", "bn_relu", "bottleneck", "conv_bn_add_relu", "conv_bn_relu", "forms", "image_conv", "preactivation",
+    "run", "stem",
 ]
 
 AnyShortcut = ConvBN | Conv | Pooled | ZeroPad | Tensor | None
@@ -148,6 +148,17 @@ def bn_relu(
 
         return graph.bn_relu(graph.autocast(x), x, bn, pool, stats, backend=backend)
     return calls.bn_relu(x, bn, pool, stats, backend=backend)
+
+
+def image_conv(
+    x: Tensor, conv: Conv, stats: bool, *, backend: str = "auto"
+) -> tuple[Tensor, Stats | None] | None:
+    """`conv(x)` of an image's few channels, and with `stats` the batch statistics of it for `bn_relu`, where the kernel
+    set has kernels of its own for it; else None, and nothing was done."""
+    if torch.compiler.is_dynamo_compiling():
+        return None
+    arguments.check_plain(x, "x")
+    return calls.image_conv(x, conv, stats, backend=backend)
 
 
 def stem(x: Tensor, conv: Conv, bn: BN, pool: Window | None = None, *, backend: str = "auto") -> Tensor:

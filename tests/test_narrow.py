@@ -39,7 +39,7 @@ def operands(case, dtype):
     return narrow, wide, filters, mask, [torch.rand(inner) + 0.5 for _ in range(5)]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_expansions_of_few_channels(case, dtype, runner):
     from resfuse.kernels.triton.apply import apply
@@ -78,7 +78,7 @@ def test_a_weights_gradient_by_the_vendor(strided, runner, monkeypatch):
     assert "_outer_product" not in runner.launches and ("_dense" in runner.launches) == strided
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_input_gradients_of_few_channels(case, dtype, runner):
     from resfuse.kernels.triton.bn_dgrad import bn_dgrad

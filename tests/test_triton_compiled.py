@@ -19,11 +19,12 @@ KINDS = {
     "tf32": (torch.float32, True),
 }  # fmt: skip
 PRODUCTS = ("_conv_stats", "_expand", "_expand_dgrad", "_conv_dgrad", "_outer_product", "_covariance")
-HOPPERS = ("_expand_narrow", "_dgrad_narrow", "_conv_few", "_few_wgrad")  # products that other GPUs do not take
+HOPPERS = ("_expand_narrow", "_dgrad_narrow", "_conv_few", "_few_wgrad")  # in 16 bits, which other GPUs do not take
+OF_HOPPER = ("expand_narrow", "dgrad_narrow", "conv_few", "few_wgrad")  # their tiles
 WINDOWS = ("_conv_window", "_conv_window_dgrad", "_conv_window_wgrad")
 # Of activations and their gradients.
 WRITERS = (*PRODUCTS[:4], *HOPPERS[:3], *WINDOWS[:2], "_apply", "_written", "_bn_act", "_bn_act_dgrad")
-FEW = ("stage1", "stage3-projection", "small-projection", "ragged")
+FEW = ("stage1", "stage3-projection", "stem", "small-projection", "ragged")
 STEPS = [(arch, "bfloat16") for arch in UNIT] + [(90, kind) for kind in ("float16", "float32", "tf32")]
 FAST = ((90, "bfloat16"),)
 
@@ -32,7 +33,8 @@ FAST = ((90, "bfloat16"),)
     "arch, kind", [pytest.param(*step, marks=() if step in FAST else pytest.mark.slow) for step in STEPS]
 )
 def test_compiled_steps(arch, kind):
-    check(compiled(arch, kind, FEW), arch, kind)
+    hoppers = HOPPERS if arch == 90 and KINDS[kind][0].itemsize == 2 else ()
+    check(compiled(arch, kind, FEW), arch, kind, (*PRODUCTS, *hoppers))
 
 
 @pytest.mark.slow
@@ -61,6 +63,8 @@ def test_the_whole_table(arch, kind, monkeypatch):
     for primitive, rules in _table.TABLE.items():
         if primitive.startswith("conv_window"):
             continue  # `test_windows`
+        if primitive in OF_HOPPER and (arch != 90 or dtype.itemsize == 4):
+            continue
         meant = {choose(primitive, dtype, rule.up_to or 4096, arch, rule.outer[-1]) for rule in rules}
         assert meant <= taken, primitive
 
@@ -116,6 +120,8 @@ def compiled(arch, kind, names, windows=False):
 # Bytes that the tiles which were measured fastest spill. The second, with a masked addend, took 225 / 140 / 94 us on an
 # H100 at stages 2 to 4, where the next without a spill took 252 / 145 / 98.
 LITTLE = {"_outer_product": 16, "_conv_dgrad": 132}
+# What was measured as it is, with products that ptxas serialises.
+SERIALISED = ("_few_wgrad",)
 
 
 def check(kernels, arch, kind, products=PRODUCTS):
@@ -123,7 +129,7 @@ def check(kernels, arch, kind, products=PRODUCTS):
 
     assert {k.name for k in kernels} >= set(products)
     for k in kernels:
-        assert k.spills <= LITTLE.get(k.name, 0) and not k.serialized, k
+        assert k.spills <= LITTLE.get(k.name, 0) and (not k.serialized or k.name in SERIALISED), k
         if k.name not in ("_tiles_of_q", "_columns_of_q"):
             assert "max" not in k.instructions, f"a ReLU that drops NaN, which the interpreter does not: {k}"
         assert k.shared <= SHARED_LIMIT[arch] and k.blocks >= 1, k

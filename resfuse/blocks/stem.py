@@ -34,10 +34,15 @@ def stem_refusal(model: nn.Module) -> Reason | None:
 def convolved(
     x: torch.Tensor, block: nn.Module, conv: nn.Module, bn: nn.Module, pool: Window | None, backend: str
 ) -> torch.Tensor:
-    """The stem; where memory is leanest its convolution is not called but read, if it is no more than that."""
-    if block.resfuse_state.memory == "leanest" and conv_refusal("conv", conv) is None:
-        return functional.stem(x, read_conv(conv), read_norm(bn), pool, backend=backend)
-    return functional.bn_relu(conv(x), read_norm(bn), pool, backend=backend)
+    """The stem. Its convolution is not called but read, if it is no more than that, where memory is leanest and where
+    the kernel set has one of its own."""
+    norm = read_norm(bn)
+    if conv_refusal("conv", conv) is not None:
+        return functional.bn_relu(conv(x), norm, pool, backend=backend)
+    if block.resfuse_state.memory == "leanest":
+        return functional.stem(x, read_conv(conv), norm, pool, backend=backend)
+    z, stats = functional.image_conv(x, read_conv(conv), norm.batch, backend=backend) or (conv(x), None)
+    return functional.bn_relu(z, norm, pool, stats=stats, backend=backend)
 
 
 def run(model: nn.Module, x: torch.Tensor, backend: str) -> torch.Tensor:

@@ -38,7 +38,8 @@ def kernel_set(name: str) -> ModuleType:
 @cache
 def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
     """One callable per primitive for a device type and storage dtype; `chosen` names their sets, `replays` is for those
-    who call them, `any_activation` says whether depthwise convolutions read any activation's recipe.
+    who call them, `any_activation` says whether depthwise convolutions read any activation's recipe, and
+    `takes_image(x, dtype, weight, geometry)` whether a convolution of an image's few channels is a set's own.
 
     backend: "auto" or a kernel set's name. Raises Unsupported with every reason if the named set cannot serve
     all primitives there.
@@ -67,6 +68,7 @@ def kernels(backend: str, device: str, dtype: torch.dtype) -> SimpleNamespace:
     return SimpleNamespace(
         chosen={p: s[0] for p, s in chosen.items()}, replays={},
         any_activation=all(getattr(each, "ANY_ACTIVATION", False) for each in readers),
+        takes_image=getattr(readers[0], "takes_image", _never) if readers[0] is readers[1] else _never,
         **{p: _seen(p, _first_able(p, s)) for p, s in chosen.items()},
     )  # fmt: skip
 
@@ -98,6 +100,10 @@ def watched(within: Callable) -> Iterator[None]:
     finally:
         _within = before
         kernels.cache_clear()
+
+
+def _never(*_) -> bool:
+    return False
 
 
 def _seen(primitive: str, function: Callable) -> Callable:

@@ -152,6 +152,7 @@ RELATIVES = (
     BottleneckCase("resnext50-stage1", 256, 128, 256, 56, groups=32),
     BottleneckCase("resnext101-64x4d-stage2", 512, 512, 512, 28, groups=64),
     BottleneckCase("wide-stage2", 512, 256, 512, 28),
+    BottleneckCase("wide-stage1-projection", 64, 128, 256, 56),
     BottleneckCase("wide-stage3-projection", 512, 512, 1024, 28, stride=2),
 )
 SMALL = (

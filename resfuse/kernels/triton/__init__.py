@@ -7,10 +7,11 @@ Importing this package loads no Triton; its primitives do.
 import importlib.metadata
 
 import torch
+from torch import Tensor
 
 from .. import nvidia
 from ..interface import PRIMITIVES as PRIMITIVES
-from ..interface import Reason
+from ..interface import Geometry, Reason
 from . import _launch
 
 STATUS = "Triton kernels; tested on compute capability 9.0, elsewhere checked without a GPU (interpreted, compiled)"
@@ -21,6 +22,13 @@ def unsupported(device: str, dtype: torch.dtype) -> list[Reason]:
     """Why this set cannot serve a device type and storage dtype; empty if it can."""
     reasons = nvidia.unsupported(device, dtype, "the Triton kernels", _launch.instead)
     return reasons if _launch.instead is not None else [*reasons, *unavailable()]
+
+
+def takes_image(x: Tensor, dtype: torch.dtype, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution of an image's few channels, x in dtype, and its weight's gradient are kernels of ours."""
+    from . import _few_channels, _table
+
+    return _few_channels.fits(x, weight, geometry) and _table.few_channels(dtype, _launch.arch(x))
 
 
 def unavailable() -> list[Reason]:

@@ -6,9 +6,12 @@ accesses.
 
     z[m] = sum over lines of x[m's line, run] @ W[line, run].T,        dweight = g.T @ x[lines, run]
 
-Reads the copy, an eighth of z in a network's first convolution, once for each line of the window (by the L2 cache), and
-g's recipe once; writes z. Whatever of a run no channel or tap stands for meets a zero of W, or is not kept of dweight.
+Reads the copy, a quarter of z in a ResNet's first convolution, once for each line of the window (by the L2 cache), and
+g's recipe once; writes z. Whatever of a run no channel or tap stands for meets a zero of W, or is not kept of dweight:
+where that is a pixel, of a window whose lines are no power of two long, and it is NaN or infinite, z is NaN there.
 """
+
+import math
 
 import torch
 import triton
@@ -25,6 +28,7 @@ from ._tiles import as_read, load_grad
 
 PIXEL = 4  # values of a stored pixel
 LONGEST = 8  # pixels of a window's line
+MOST = 256  # values of a window, which a program of the weight's gradient has at once
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -92,10 +96,7 @@ def _few_wgrad(
     value = tl.arange(0, BLOCK_C)
     offset, own = value // RUN * row + value % RUN, value < LINES * RUN
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
-    own_steps = tl.minimum(each, steps - share * each)
-    tl.assume(own_steps > 0)
-    for i in range(0, own_steps):
-        step = share * each + i
+    for step in range(share * each, tl.minimum(share * each + each, steps)):
         # A part of a line of output pixels: no pixel of its own has to be found by divisions.
         above, place = step // parts, step % parts * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = place < out_width
@@ -105,7 +106,6 @@ def _few_wgrad(
         at = start + (place * (RIGHT * PIXEL))[:, None] + offset[None, :]
         taps = tl.load(at, mask=inside[:, None] & own[None, :], other=0.0)
         acc = tl.dot(t.T, as_read(taps, PRECISION), acc, input_precision=PRECISION)
-    acc += 0.0
     outputs = first + tl.arange(0, BLOCK_K)
     to = products + share.to(tl.int64) * K * (LINES * RUN) + outputs[:, None] * (LINES * RUN) + value[None, :]
     tl.store(to, acc, mask=(outputs < K)[:, None] & own[None, :])
@@ -113,11 +113,13 @@ def _few_wgrad(
 
 def fits(x: object, weight: Tensor, geometry: Geometry) -> bool:
     """Whether these kernels can take a convolution: of a tensor, of at most PIXEL channels without groups or dilation,
-    by lines of at most LONGEST pixels."""
-    return (
-        isinstance(x, Tensor) and weight.shape[1] <= PIXEL and weight.shape[3] <= LONGEST
-        and geometry.groups == 1 and geometry.dilation == (1, 1)
-    )  # fmt: skip
+    by lines of at most LONGEST pixels, MOST values in all; of fewer pixels than 32 bits count."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or geometry.groups != 1 or geometry.dilation != (1, 1):
+        return False
+    (n, _, *sides), spare = x.shape, 2 * LONGEST
+    pixels = n * math.prod(side + 2 * pad + spare for side, pad in zip(sides, geometry.padding, strict=True))
+    _, channels, lines, across = weight.shape
+    return channels <= PIXEL and across <= LONGEST and lines * _run(weight) <= MOST and pixels < 1 << 31
 
 
 def conv_few(x: Tensor, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
@@ -140,8 +142,8 @@ def conv_few(x: Tensor, weight: Tensor, geometry: Geometry, stats: bool) -> tupl
 
 def few_wgrad(grad: Grad, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """dweight of a convolution that fits, in float32."""
-    image, sizes, _ = _image(x, weight, geometry)
     g, (outputs, channels, lines, across), run = _operands.grad(grad), weight.shape, _run(weight)
+    image, sizes, _ = _image(x, weight, geometry)
     width, (n, _, out_height, out_width) = triton.next_power_of_2(lines * run), g.dout.shape
     tile = _table.tile("few_wgrad", x.dtype, width, arch(x))
     tiles, steps = -(-outputs // tile.rows), n * out_height * -(-out_width // tile.depth)

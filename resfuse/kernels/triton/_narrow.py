@@ -57,9 +57,9 @@ def _expand_narrow(
 
 @triton.jit(do_not_specialize=["M", "apart"])
 def _dgrad_narrow(
-    g,  # GradArgs [M, K]: dout and z, whose BatchNorm has batch statistics
+    g,  # GradArgs [M, K]
     weight,  # [K, C] storage
-    add,  # GradArgs [M, C]: dout, and maybe a mask
+    add,  # GradArgs [M, C]
     da,  # [M, C] storage
     M, K, C, apart,
     EVEN_K: tl.constexpr, EVEN_C: tl.constexpr, PRECISION: tl.constexpr,

@@ -132,7 +132,7 @@ def _window(
     made = arch(weight)
     if needs[0] and _table.ours("conv_window_dgrad", weight, geometry, made):
         da = conv_window_dgrad(grad, a, weight, geometry, mean if add is None else None)
-    if needs[1] and fits(a, weight, geometry) and _table.few_channels(weight, made):
+    if needs[1] and fits(a, weight, geometry) and _table.few_channels(weight.dtype, made):
         dweight = few_wgrad(grad, a, weight, geometry)
     elif needs[1] and _table.ours("conv_window_wgrad", weight, geometry, made):
         dweight = conv_window_wgrad(grad, a, weight, geometry)

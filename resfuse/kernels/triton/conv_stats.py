@@ -45,7 +45,7 @@ def _conv_stats(
 
 def conv_stats(a: Act, weight: Tensor, geometry: Geometry, stats: bool) -> tuple[Tensor, Stats | None]:
     if not is_product(weight, geometry):
-        if fits(a, weight, geometry) and _table.few_channels(weight, arch(weight)):
+        if fits(a, weight, geometry) and _table.few_channels(weight.dtype, arch(weight)):
             return conv_few(a, weight, geometry, stats)
         if _table.ours("conv_window", weight, geometry, arch(weight)):
             return conv_window(a, weight, geometry, stats)

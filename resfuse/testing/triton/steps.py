@@ -20,7 +20,8 @@ from .offline import Compiler, compiled_for
 # ResNet-50's bottlenecks, relatives with other operands, and blocks of few channels, some not multiples of 16.
 FULL_SIZE = (
     "stage1", "stage2", "stage3", "stage4", "stage1-projection", "stage2-projection", "stage3-projection",
-    "stage4-projection", "basic-stage1", "preact-stage1", "dense-layer", "stem",
+    "stage4-projection", "wide-stage1-projection", "resnext101-64x4d-stage2", "basic-stage1", "preact-stage1",
+    "dense-layer", "stem",
 )  # fmt: skip
 SMALL = ("small-projection", "small-pooled", "small-padded", "ragged", "small-stem", "small-preact")
 CHANNELS = (32, 40, 64, 65, 200, 256)  # of activations: each tile, whole and not, and rows of no whole groups
