@@ -157,14 +157,19 @@ def table(results: dict) -> list[str]:
     eager = found["eager"]
     lines = ["| | step, ms | | kernels, ms | | as a graph, ms | | kernels | peak, GiB | | loss |", "|---" * 11 + "|"]
     for way, row in found.items():
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or "step_ms" not in row:
             continue
         cells = []
         for name in ("step_ms", "device_ms", "graph_ms"):
+            if name not in row:  # on a CPU
+                cells += ["-", "-"]
+                continue
             ours, theirs = (r[name]["median"] if isinstance(r[name], dict) else r[name] for r in (row, eager))
             spread = f" ({row[name]['low']:.4g}-{row[name]['high']:.4g})" if isinstance(row[name], dict) else ""
             cells += [f"{ours:.4g}{spread}", f"{theirs / ours:.2f}x"]
-        cells += [row["kernels"], f"{row['peak_gib']:.4g}", f"{row['peak_gib'] / eager['peak_gib']:.2f}x"]
+        peak = row.get("peak_gib")
+        share = "--" if peak is None else (f"{peak:.4g}", f"{peak / eager['peak_gib']:.2f}x")
+        cells += [row.get("kernels", "-"), *share]
         lines.append("| " + " | ".join(map(str, [way, *cells, f"{row['loss']:.4g}"])) + " |")
     return lines
 

@@ -214,6 +214,8 @@ def test_a_train_step_is_timed():
     assert set(found) == {"eager", "resfuse", "lean"} and found["resfuse"]["loss"] == found["lean"]["loss"]
     assert abs(found["eager"]["loss"] - found["resfuse"]["loss"]) < 0.5
     assert all(row["step_ms"]["low"] <= row["step_ms"]["median"] <= row["step_ms"]["high"] for row in found.values())
+    head, _, *rows = train_step.table({"environment": {"cores": 1}, "batch": 2, **found})
+    assert len(rows) == 3 and all(row.count("|") == head.count("|") for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has_gpu: this is about machines without one")

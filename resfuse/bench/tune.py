@@ -110,8 +110,8 @@ def note(cases: Sequence[Case], dtype: torch.dtype, device: torch.device) -> lis
 
 
 def neighbours(tile: Tile) -> Iterator[Tile]:
-    """Tiles that differ in one size, twice or half, a stage more or less; or in a side and the warps alike, which leaves
-    a thread the sums that it has."""
+    """Tiles that differ in one size, twice or half, a stage more or less; or in a side and the warps alike, by which a
+    thread keeps the sums that it has."""
     sides = [name for name in ("rows", "channels") if getattr(tile, name)]
     for names in (*((name,) for name in LIMITS), *((name, "warps") for name in sides)):
         sizes = {name: getattr(tile, name) for name in names}

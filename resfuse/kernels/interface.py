@@ -12,8 +12,10 @@ Conventions
     storage, float32 for the others. Per-channel vectors and statistics are wide. Weights come in the storage dtype
     unless a primitive says otherwise.
     Summation order is fixed: the same operands give the same bits (on a CPU for a given number of threads), but for
-    the vendor's convolutions, which promise it only under `torch.use_deterministic_algorithms`.
-    NaN and inf behave as in torch: ReLU keeps NaN, a masked-out gradient is 0 whatever it was.
+    the vendor's convolutions, which promise it only under `torch.use_deterministic_algorithms`, and products, which are
+    alike on GPUs of one kind.
+    NaN and inf behave as in torch: ReLU keeps NaN, a masked-out gradient is 0 whatever it was. But a convolution of an
+    image's few channels may be NaN one pixel beyond the windows that hold such a value.
     A primitive never writes to its operands; `update_running` alone writes, to the buffers it is given.
 """
 
@@ -298,7 +300,7 @@ class KernelSet(Protocol):
 
         outer: channels of the products that are about to read it, 0 where that is not known. A set whose kernels apply
         recipes in their prologue returns it unchanged, or a `Norm` with its y; a set that would compute the recipe at
-        every use returns the tensor, once. `prepare` of a Tensor is that tensor.
+        every use returns the tensor, once. `prepare` of a Tensor is that tensor, or of a strided view a dense copy.
         """
 
     def bn_stats(self, z: Tensor) -> Stats:

@@ -30,7 +30,7 @@ UNPROVEN: dict[str, tuple[str, ...]] = {}
 
 # Where a measurement says other than `dispatch.ORDER`, if both sets are proven. At stage 1 on an H200 `bn_stats` and
 # `covariance` of the CUDA set were 1.20 and 1.13 times as fast as Triton's (992c26c, h200.json), which is 18 us of a
-# block's 4 ms; an operator between Triton's kernels splits their native launch.
+# block's 2.8 ms; an operator between Triton's kernels splits their native launch.
 PREFERENCES: tuple[Preference, ...] = ()
 
 
