@@ -12,7 +12,7 @@ from resfuse.kernels.interface import BNGrad, Geometry, Masked, Norm, Sum, Want
 pytestmark = TRITON
 POINT = Geometry((1, 1), (0, 0), (1, 1), 1)
 # Pixels, inner and outer channels: fewer blocks of rows than programs and more, whole tiles and not.
-CASES = [((2, 13, 11), 64, 256), ((1, 5, 7), 20, 72), ((3, 9, 8), 16, 65), ((7, 41, 13), 33, 40)]
+CASES = [((2, 13, 11), 64, 256), ((1, 5, 7), 20, 72), ((3, 9, 8), 16, 65), ((3, 29, 13), 33, 40)]
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.gpu)], ids=["interpreted", "gpu"])
@@ -39,6 +39,7 @@ def operands(case, dtype):
     return narrow, wide, filters, mask, [torch.rand(inner) + 0.5 for _ in range(5)]
 
 
+@pytest.mark.one_in(3, runner=False)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_expansions_of_few_channels(case, dtype, runner):
@@ -78,6 +79,7 @@ def test_a_weights_gradient_by_the_vendor(strided, runner, monkeypatch):
     assert "_outer_product" not in runner.launches and ("_dense" in runner.launches) == strided
 
 
+@pytest.mark.one_in(3, runner=False)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_input_gradients_of_few_channels(case, dtype, runner):
