@@ -48,6 +48,8 @@ def image_conv(x: Tensor, conv: Conv, stats: bool, *, backend: str) -> tuple[Ten
     k = dispatch.kernels(backend, x.device.type, dtype)
     if conv.bias is not None or torch._C._len_torch_dispatch_stack() > 0:
         return None
+    if not (_suggests_channels_last(x) or _suggests_channels_last(conv.weight)):  # nor would its result be
+        return None
     if not k.takes_image(x, dtype, conv.weight, conv.geometry):
         return None
     arguments.check_image(x)

@@ -73,15 +73,19 @@ def test_gradients_of_gradients(runner):
     assert relative_error(found[1], found[0]) < 0.1
 
 
-@pytest.mark.parametrize("what", ["hook", "bias", "float32"])
+@pytest.mark.parametrize("what", ["hook", "bias", "float32", "contiguous"])
 def test_what_is_left_to_torch(what, runner):
     (eager, fused), x, seen = stems(), make_input(CASE, torch.float32), []
     for block in (eager, fused):
         if what == "bias":
             block.conv.bias = torch.nn.Parameter(torch.ones(block.conv.out_channels))
+        if what == "contiguous":
+            block.to(memory_format=torch.contiguous_format)
         if what == "hook":
             block.conv.register_forward_hook(lambda *_: seen.append(1))
+    x = x.contiguous() if what == "contiguous" else x
     ours, theirs = (step(block, x, bf16=what != "float32") for block in (fused, eager))
+    assert ours[0].stride() == theirs[0].stride()
     assert relative_error(ours[0], theirs[0]) < 0.02
     assert not OWN & set(runner.launches) and len(seen) == (2 if what == "hook" else 0)
 
