@@ -62,6 +62,22 @@ def test_convolutions_of_few_channels(name, dtype, runner):
     assert {"_padded", "_conv_few", "_few_wgrad"} <= set(runner.launches)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_pixel_that_is_no_number(value, runner):
+    """Reaches the windows that hold it, and at most one column of them more."""
+    from resfuse.kernels.triton.conv_stats import conv_stats
+
+    x, geometry = activation(1, 3, 9, 12, dtype=torch.bfloat16), Geometry((1, 1), (1, 1), (1, 1), 1)
+    x[0, 1, 4, 5] = value
+    filters = torch.ones(8, 3, 3, 3, dtype=torch.bfloat16)
+    exact = torch.nn.functional.conv2d(x.double(), filters.double(), None, *geometry)
+    z = conv_stats(x, filters, geometry, False)[0]
+    wanted, found = (~t.isfinite() for t in (exact, z))
+    assert not (wanted & ~found).any()
+    assert torch.nonzero((found & ~wanted).any(1).any(1).any(0)).flatten().tolist() == [3]
+    torch.testing.assert_close(z[~found].double(), exact[~found], rtol=2**-7, atol=2**-6)
+
+
 def test_what_does_not_fit_is_the_vendors(runner):
     from resfuse.kernels.triton.conv_stats import conv_stats
 
