@@ -168,7 +168,7 @@ def table(results: dict) -> list[str]:
             spread = f" ({row[name]['low']:.4g}-{row[name]['high']:.4g})" if isinstance(row[name], dict) else ""
             cells += [f"{ours:.4g}{spread}", f"{theirs / ours:.2f}x"]
         peak = row.get("peak_gib")
-        share = "--" if peak is None else (f"{peak:.4g}", f"{peak / eager['peak_gib']:.2f}x")
+        share = ("-", "-") if peak is None else (f"{peak:.4g}", f"{peak / eager['peak_gib']:.2f}x")
         cells += [row.get("kernels", "-"), *share]
         lines.append("| " + " | ".join(map(str, [way, *cells, f"{row['loss']:.4g}"])) + " |")
     return lines

@@ -5,7 +5,7 @@ import importlib
 import torch
 from units import activation
 
-from resfuse.kernels.interface import BNGrad, Masked, Norm, Sum, Unsupported, Want
+from resfuse.kernels.interface import BNGrad, Masked, Norm, Second, Sum, Unsupported, Want
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 # What sets leave to the eager one; "vector": buffers that are not float32; "second": a product beside apply.
@@ -77,3 +77,19 @@ def masked(shape, dtype):
     for channel in range(shape[1]):
         mask[:, channel // 8] |= kept[:, channel].to(torch.uint8) << (channel % 8)
     return Masked(dout, mask), matrix(dout) * kept
+
+
+def residuals(shape, dtype):
+    """Each kind of residual of a [N, K, H, W] sum, and its values."""
+    n, channels, h, w = shape
+    tensor = activation(*shape, dtype=dtype, seed=21)
+    recipe, rectified = norm_of(shape, dtype)
+    linear = recipe._replace(relu=False)
+    x = activation(n, 5, 2 * h, 2 * w, dtype=dtype, seed=23)[:, :, ::2, ::2]
+    second = Second(x, weight(channels, 5, dtype), vector(channels, dtype, 24), vector(channels, dtype, 25))
+    product = matrix(x) @ second.weight.double().T * second.scale.double() + second.shift.double()
+    affine = matrix(recipe.z) * recipe.scale.double() + recipe.shift.double()
+    return {
+        "none": (None, torch.zeros(1, dtype=torch.float64)), "tensor": (tensor, matrix(tensor)),
+        "norm": (linear, affine), "rectified": (recipe, affine.relu()), "second": (second, product),
+    }

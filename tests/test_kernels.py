@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from operands import DTYPES, close, masked, matrix, norm_of, primitive, tensor, vector, weight
+from operands import DTYPES, close, masked, matrix, norm_of, primitive, residuals, tensor, vector, weight
 from units import CUDA, EMULATED, NATIVE, TRITON, activation, triton_kernels
 
 from resfuse.kernels.eager import _rows
@@ -18,7 +18,6 @@ from resfuse.kernels.interface import (
     Norm,
     Padded,
     RunningUpdate,
-    Second,
     Stats,
     Strided,
     Sum,
@@ -223,22 +222,6 @@ def test_a_variance_that_cancels_is_clamped_and_nan_is_kept():
     w, cov = torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 1 + 1e-7], [1 + 1e-7, 1.0]])
     assert primitive("expand_stats")(w, torch.zeros(2), cov).var.item() == 0
     assert primitive("expand_stats")(w, torch.zeros(2), cov * float("nan")).var.isnan().all()
-
-
-def residuals(shape, dtype):
-    """Each kind of residual of a [N, K, H, W] sum, and its values."""
-    n, channels, h, w = shape
-    tensor = activation(*shape, dtype=dtype, seed=21)
-    recipe, rectified = norm_of(shape, dtype)
-    linear = recipe._replace(relu=False)
-    x = activation(n, 5, 2 * h, 2 * w, dtype=dtype, seed=23)[:, :, ::2, ::2]
-    second = Second(x, weight(channels, 5, dtype), vector(channels, dtype, 24), vector(channels, dtype, 25))
-    product = matrix(x) @ second.weight.double().T * second.scale.double() + second.shift.double()
-    affine = matrix(recipe.z) * recipe.scale.double() + recipe.shift.double()
-    return {
-        "none": (None, torch.zeros(1, dtype=torch.float64)), "tensor": (tensor, matrix(tensor)),
-        "norm": (linear, affine), "rectified": (recipe, affine.relu()), "second": (second, product),
-    }
 
 
 @pytest.mark.parametrize("kind", ["none", "tensor", "norm", "rectified", "second"])

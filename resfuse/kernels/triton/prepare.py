@@ -5,28 +5,28 @@ and so are the pixels of a strided view.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..interface import Act, BNGrad, Grad, Masked, Norm
 from . import _operands, _table
-from ._launch import arch, launch
+from ._launch import arch
 from ._tiles import load_tile, row_starts
 from .apply import materialised
+from .select import values
 
 
 @triton.jit(do_not_specialize=["M"])
 def _dense(
-    a,  # ActArgs [M, C], of which x and view are read
-    out,  # [M, C] storage
-    M, C,
-    EVEN_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    a,  # ActArgs [M, K], of which x and view are read
+    out,  # [M, K] storage
+    M, K,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.cdiv(C, BLOCK_N)
+    columns = tl.cdiv(K, BLOCK_N)
     index = tl.program_id(0) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
     cols, inside = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N), index < M
-    held = inside[:, None] if EVEN_C else inside[:, None] & (cols < C)[None, :]
-    t = load_tile(a.x, row_starts(a.view, index, C), cols, inside, C, EVEN_C)
-    tl.store(out + index.to(tl.int64)[:, None] * C + cols[None, :], t, mask=held)
+    held = inside[:, None] if EVEN_K else inside[:, None] & (cols < K)[None, :]
+    t = load_tile(a.x, row_starts(a.view, index, K), cols, inside, K, EVEN_K)
+    tl.store(out + index.to(tl.int64)[:, None] * K + cols[None, :], t, mask=held)
 
 
 def prepare(operand: Act | Grad, outer: int = 0) -> Act | Grad:
@@ -39,17 +39,5 @@ def prepare(operand: Act | Grad, outer: int = 0) -> Act | Grad:
     elif outer:  # an activation
         args = _operands.act(operand)
         if args.view is not None and _table.written_first(operand, arch(operand)):
-            return dense(args)
+            return values(_dense, args, args.x)
     return operand
-
-
-def dense(args: _operands.ActArgs) -> Tensor:
-    """The pixels of a strided view, one after the other."""
-    count, channels = _operands.rows(args.x), args.x.shape[1]
-    out = _operands.empty_rows(args.x, channels)
-    tile = _table.tile("elements", out.dtype, channels, arch(out))
-    launch(
-        _dense, -(-count // tile.rows) * -(-channels // tile.channels), out, args, out, count, channels,
-        EVEN_C=channels % tile.channels == 0, BLOCK_M=tile.rows, BLOCK_N=tile.channels, **tile.options,
-    )
-    return out

@@ -1,5 +1,8 @@
 """select: scale * row_scale[n] * (dout where mask else 0). Reads dout and the mask, writes g."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,11 +32,16 @@ def _written(
 def written(g: Grad) -> Tensor:
     """Any gradient recipe as a tensor, rounded once."""
     args = _operands.grad(g)
-    channels, count = args.dout.shape[1], _operands.rows(args.dout)
-    out = _operands.empty_rows(args.dout, channels)
+    return values(_written, args, args.dout)
+
+
+def values(kernel: Callable, args: NamedTuple, like: Tensor) -> Tensor:
+    """What a kernel writes of a recipe's values one by one, as many as like's."""
+    channels, count = like.shape[1], _operands.rows(like)
+    out = _operands.empty_rows(like, channels)
     tile = _table.tile("elements", out.dtype, channels, arch(out))
     launch(
-        _written, -(-count // tile.rows) * -(-channels // tile.channels), out, args, out, count, channels,
+        kernel, -(-count // tile.rows) * -(-channels // tile.channels), out, args, out, count, channels,
         EVEN_K=channels % tile.channels == 0, BLOCK_M=tile.rows, BLOCK_N=tile.channels, **tile.options,
     )
     return out
